@@ -1,0 +1,1 @@
+"""Pure algebra of task vectors: functions of tensors, no files, no Ray."""

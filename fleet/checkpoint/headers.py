@@ -1,0 +1,170 @@
+"""safetensors headers, read as bytes: every dtype, shape and offset is checked before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fleet.errors import CheckpointError
+from fleet.store import Folder
+
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""The dtypes we compute with. Anything else (quantised, fp8, integer) is refused by name."""
+
+KNOWN_DTYPE_BYTES = {
+    **DTYPE_BYTES, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+HEADER_LIMIT_BYTES = 100_000_000
+"""The format's own limit; a larger claim is a lie or damage, and is refused before it is allocated."""
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor is: `start` and `stop` are byte offsets in the file, not in its data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_header(folder: Folder, file: str, size: int) -> dict[str, TensorInfo]:
+    """Name -> info of every tensor in one file, checked against the file's size.
+
+    Raises:
+        CheckpointError: truncated file, damaged JSON, unknown dtype, offsets that lie outside the file, overlap, leave
+            gaps or disagree with the shape.
+    """
+    where = f"{folder.uri}/{file}"
+    if size < 8:
+        raise CheckpointError(f"{where}: {size} bytes is too short for a safetensors file; it was truncated")
+    prefix = bytearray(8)
+    folder.read_into(file, 0, memoryview(prefix))
+    (length,) = struct.unpack("<Q", prefix)
+    if length > HEADER_LIMIT_BYTES or 8 + length > size:
+        raise CheckpointError(
+            f"{where}: the header claims {length} bytes but the file has {size}; it is truncated or no safetensors file"
+        )
+    raw = bytearray(length)
+    folder.read_into(file, 8, memoryview(raw))
+    try:
+        header = json.loads(raw)
+    except ValueError as e:
+        raise CheckpointError(f"{where}: the safetensors header is not valid JSON ({e}); copy the file again") from e
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{where}: the safetensors header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(where, file, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(where, sorted(tensors.values(), key=lambda t: (t.start, t.stop)), 8 + length, size)
+    return tensors
+
+
+def _tensor_info(where: str, file: str, name: str, entry: object, data_start: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise CheckpointError(f"{where}: tensor {name}: malformed header entry {entry!r}")
+    if dtype not in KNOWN_DTYPE_BYTES:
+        raise CheckpointError(f"{where}: tensor {name}: dtype {dtype} is not supported")
+    if not all(isinstance(d, int) and d >= 0 for d in shape):
+        raise CheckpointError(f"{where}: tensor {name}: malformed shape {shape!r}")
+    expected = math.prod(shape) * KNOWN_DTYPE_BYTES[dtype]
+    if stop - start != expected or start < 0:
+        raise CheckpointError(
+            f"{where}: tensor {name}: {dtype} {shape} needs {expected} bytes but the header gives {stop - start}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, data_start + stop)
+
+
+def _check_layout(where: str, tensors: list[TensorInfo], data_start: int, size: int) -> None:
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            raise CheckpointError(f"{where}: tensor {tensor.name}: the data before it overlaps or leaves a gap")
+        end = tensor.stop
+    if end != size:
+        raise CheckpointError(f"{where}: the header describes {end} bytes but the file has {size}; it was truncated")
+
+
+def read_headers(folder: Folder, what: str) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint, over all its files.
+
+    Args:
+        folder: the checkpoint.
+        what: `model` or `adapter`: which file names to read.
+
+    Raises:
+        CheckpointError: no safetensors files (with the command that converts a `.bin`), a tensor in two files, an index
+            that names a file or tensor that is not there.
+    """
+    sizes = folder.files()
+    if what == "adapter":
+        files = [f for f in sizes if f == "adapter_model.safetensors"]
+        pickled = [f for f in sizes if f == "adapter_model.bin"]
+        convert = "peft: PeftModel.from_pretrained(base, FOLDER).save_pretrained(OUT, safe_serialization=True)"
+    else:
+        files = [f for f in sizes if f == "model.safetensors" or _SHARD.fullmatch(f)]
+        pickled = [f for f in sizes if f.endswith((".bin", ".pt", ".pth"))]
+        convert = "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
+    if not files:
+        if pickled:
+            raise CheckpointError(
+                f"{folder.uri}: {pickled[0]} is a pickle, which can run code when loaded, so it is refused; "
+                f"convert it once, where you trust it, with {convert}"
+            )
+        raise CheckpointError(
+            f"{folder.uri}: no safetensors weights of a {what} (found: {', '.join(sizes) or 'nothing'})"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(folder, file, sizes[file]).items():
+            if name in tensors:
+                raise CheckpointError(f"{folder.uri}: tensor {name} is in both {tensors[name].file} and {file}")
+            tensors[name] = info
+    if "model.safetensors.index.json" in sizes and what == "model":
+        _check_index(folder, tensors)
+    return tensors
+
+
+def _check_index(folder: Folder, tensors: dict[str, TensorInfo]) -> None:
+    where = f"{folder.uri}/model.safetensors.index.json"
+    try:
+        weight_map = json.loads(folder.read("model.safetensors.index.json"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{where}: not a safetensors index ({e!r})") from e
+    wrong = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
+    extra = sorted(set(tensors) - set(weight_map))
+    if wrong or extra:
+        raise CheckpointError(f"{where}: disagrees with the files (missing or elsewhere: {wrong}; not listed: {extra})")
+
+
+def plan_shards(tensors: Iterable[TensorInfo], shard_bytes: int) -> list[list[str]]:
+    """Group tensors, in name order, into shards of at most `shard_bytes` unless one tensor alone is larger."""
+    shards: list[list[str]] = []
+    room = 0
+    for tensor in sorted(tensors, key=lambda t: t.name):
+        if not shards or tensor.num_bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor.name)
+        room -= tensor.num_bytes
+    return shards
+
+
+def shard_name(index: int, count: int) -> str:
+    """The file name of a shard in the layout transformers and vLLM read."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,91 @@
+"""Values of safetensors files: read one tensor at a time, write a file whose layout is known beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from fleet.checkpoint.headers import DTYPE_BYTES, TensorInfo
+from fleet.errors import CheckpointError
+from fleet.store import Folder, Store
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT_BYTES = 8
+
+
+class TensorLayout(NamedTuple):
+    """One tensor of a file to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class WrittenFile(NamedTuple):
+    """What a record says of a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def read_tensor(folder: Folder, info: TensorInfo) -> torch.Tensor:
+    """The tensor in its own dtype, in memory of its own."""
+    if info.num_bytes == 0:
+        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    buffer = bytearray(info.num_bytes)
+    folder.read_into(info.file, info.start, memoryview(buffer))
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def write_tensors(
+    store: Store, key: str, layout: Iterable[TensorLayout], tensors: Iterable[torch.Tensor]
+) -> WrittenFile:
+    """Stream tensors into one safetensors file, in the layout's order; only one is in memory at a time.
+
+    Args:
+        tensors: yields a tensor per layout entry, of its shape and of any floating dtype; cast once, here.
+
+    Raises:
+        CheckpointError: a tensor with NaN or Inf. Nothing is left under the key.
+    """
+    layout = list(layout)
+    hasher = hashlib.sha256()
+    total = 0
+    with store.writer(key) as out:
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal total
+            hasher.update(data)
+            out.write(data)
+            total += len(data)
+
+        put(_header(layout))
+        for entry, tensor in zip(layout, tensors, strict=True):
+            if tuple(tensor.shape) != entry.shape:
+                raise AssertionError(f"{key}: {entry.name} is {tuple(tensor.shape)}, laid out as {entry.shape}")
+            cast = tensor.detach().to(TORCH_DTYPES[entry.dtype]).contiguous()
+            if not bool(torch.isfinite(cast).all()):
+                raise CheckpointError(f"{key}: tensor {entry.name} came out with NaN or Inf in {entry.dtype}")
+            put(memoryview(cast.reshape(-1).view(torch.uint8).numpy()))
+    return WrittenFile(total, hasher.hexdigest())
+
+
+def _header(layout: list[TensorLayout]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in layout:
+        stop = offset + entry.num_bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _ALIGNMENT_BYTES)
+    return len(raw).to_bytes(8, "little") + raw

@@ -1,0 +1,476 @@
+"""The coordinator: walks a Plan on Ray until every step has a record or has failed.
+
+    steps whose inputs are done ──▶ units ──▶ tensor workers (survey, realign, fuse)
+            ▲                                 replicas       (score)
+            │                                        │
+            └── record.json, created last ◀── unit records, kilobytes
+
+It is the only scheduler and the only one who writes records. Weights never come here: workers read them from the store
+and write them to it. When something fails, what doesn't depend on it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from evals.engine import LORA_MODULES, EngineOptions, engine_env
+from fleet.checkpoint.headers import plan_shards, shard_name
+from fleet.checkpoint.models import touched_tensors
+from fleet.errors import CheckpointError, InputError, StepFailedError
+from fleet.identity import Json
+from fleet.manifest import Placement
+from fleet.methods import ModuleStatistics
+from fleet.plan import Plan
+from fleet.pool import Outcome, Pool, Task
+from fleet.progress import RunProgress
+from fleet.record import (
+    ALGORITHM_VERSIONS,
+    Record,
+    Step,
+    UnitRecord,
+    attempt_prefix,
+    package_versions,
+    read_record,
+    read_units,
+    record_key,
+    to_bytes,
+    unit_key,
+)
+from fleet.scoring import ScoreUnit, ScoringWorker
+from fleet.steps import FuseStep, RealignStep, ScoreStep, Source, SurveyStep, Weights, identity_of
+from fleet.workers import FuseUnit, Member, Output, RealignUnit, Shard, SurveyResult, SurveyUnit, TensorWorker
+
+logger = logging.getLogger(__name__)
+
+SURVEY_GROUP_BYTES = 256 << 20
+"""Base weights per survey unit: small enough to spread, large enough that a message is cheap beside it."""
+
+DEFAULT_MAX_MODEL_LEN = 4096
+"""Longest prompt and completion where neither the manifest nor the model says less, in tokens."""
+
+_WAIT_SECONDS = 0.5
+_SURVEY_PASS = "survey"
+"""Task key of the pass that surveys all pending models together."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that failed, or that could not run because of one that did."""
+
+    step: Step
+    error: Exception
+    cause: str | None = None
+    """Key of the failed step this one needed; None for a root cause."""
+
+
+@dataclass
+class RunResult:
+    """How a walk ended."""
+
+    records: dict[str, Record]
+    """Step key -> record, of every step that is done now."""
+    computed: list[str] = field(default_factory=list)
+    """Keys of the steps this run did."""
+    failures: dict[str, Failure] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def raise_failures(self) -> None:
+        """
+        Raises:
+            InputError: everything that failed failed for what the user gave.
+            StepFailedError: something else failed.
+        """
+        roots = [f for f in self.failures.values() if f.cause is None]
+        if not roots:
+            return
+        lines = [f"{f.step.key}: {type(f.error).__name__}: {f.error}" for f in roots]
+        skipped = len(self.failures) - len(roots)
+        message = "; ".join(lines) + (f" ({skipped} steps that depend on it were not run)" if skipped else "")
+        if all(isinstance(f.error, InputError) for f in roots):
+            raise type(roots[0].error)(message)
+        raise StepFailedError(f"{len(roots)} steps failed: {message}") from roots[0].error
+
+
+@dataclass
+class _Active:
+    """A step whose units are under way."""
+
+    step: Step
+    attempt: str
+    num_units: int
+    finished: dict[int, UnitRecord]
+    work_per_unit: float
+    seconds: float = 0.0
+    """Spent by workers on the units of this run, without waiting."""
+
+
+def start_ray(address: str | None, placement: Placement) -> None:
+    """Attach to the cluster at `address` (or the one this job runs on), or start a local Ray that fits the placement.
+
+    Raises:
+        InputError: no such cluster, or it can't hold even one worker and one replica.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is None:
+        # CPUs are counted, not measured: the local Ray offers what the placement asks for, however few cores there are.
+        cpus = placement.workers * placement.worker_cpus + placement.replicas * placement.replica_cpus
+        ray.init(num_cpus=int(cpus + 0.999), include_dashboard=False, **quiet)
+    else:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as e:
+            raise InputError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from e
+    offered = ray.cluster_resources()
+    if placement.replica_gpus > offered.get("GPU", 0) and address is None:
+        raise InputError(
+            f"placement.replica_gpus is {placement.replica_gpus}, but this machine has {offered.get('GPU', 0):g} GPUs"
+        )
+
+
+def engine_options(plan: Plan) -> EngineOptions:
+    """How the replicas' engines are built; the same for every candidate, so one engine serves all."""
+    evaluation, placement = plan.manifest.evaluation, plan.manifest.placement
+    limit = plan.bases.aligned_model.config.get("max_position_embeddings")
+    own = int(limit) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN
+    targets = {m.rsplit(".", 1)[-1] for s in plan.adapters for m in s.modules}
+    return EngineOptions(
+        max_model_len=evaluation.max_model_len or min(own, DEFAULT_MAX_MODEL_LEN),
+        dtype=evaluation.dtype,
+        max_lora_rank=plan.max_lora_rank,
+        lora_target_modules=tuple(sorted(targets)) or LORA_MODULES,
+        tensor_parallel_size=max(placement.replica_gpus, 1),
+        kv_cache_bytes=placement.kv_cache_bytes,
+    )
+
+
+def _tensor_pool(placement: Placement) -> Pool:
+    options: dict[str, Any] = {"num_cpus": placement.worker_cpus, "max_restarts": 0}
+    if placement.worker_memory_bytes:
+        options["memory"] = placement.worker_memory_bytes
+    actor_class = ray.remote(TensorWorker).options(**options)
+    return Pool("tensor worker", actor_class, (), placement.workers, placement.retries, placement.unit_timeout_seconds)
+
+
+def _scoring_pool(plan: Plan) -> Pool:
+    placement = plan.manifest.placement
+    options = engine_options(plan)
+    threads = max(int(placement.replica_cpus), 1)
+    actor_class = ray.remote(ScoringWorker).options(
+        num_cpus=placement.replica_cpus,
+        num_gpus=placement.replica_gpus,
+        max_restarts=0,
+        runtime_env={"env_vars": engine_env(options, threads)},
+    )
+    scratch = str(Path(tempfile.gettempdir(), "fleet-scratch"))
+    return Pool(
+        "replica", actor_class, (plan.bases.aligned.uri, options, scratch), placement.replicas, placement.retries,
+        placement.unit_timeout_seconds, restart_on_error=True,
+    )  # fmt: skip
+
+
+class Coordinator:
+    """One walk of one plan.
+
+    Args:
+        plan: what to do; steps with a record are not done again.
+        progress: told of every step.
+    """
+
+    def __init__(self, plan: Plan, progress: RunProgress) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._result = RunResult(records=dict(plan.done))
+        self._waiting: dict[str, Step] = {s.key: s for s in plan.pending}
+        self._active: dict[str, _Active] = {}
+        self._tensor_pool = _tensor_pool(plan.manifest.placement)
+        self._scoring_pool = _scoring_pool(plan)
+        self._survey = _SurveyPass()
+
+    def run(self) -> RunResult:
+        """Walk the plan. Failures are in the result; only a broken store or cluster raises."""
+        started = time.monotonic()
+        if any(s.kind == "score" for s in self._waiting.values()):
+            self._scoring_pool.start()
+        self._start_survey()
+        try:
+            while self._waiting or self._active or self._survey.active:
+                self._start_ready()
+                self._wait()
+        finally:
+            self._tensor_pool.close()
+            self._scoring_pool.close()
+        self._result.seconds = time.monotonic() - started
+        return self._result
+
+    # -- starting steps ------------------------------------------------------------------------------------------
+
+    def _start_ready(self) -> None:
+        for step in list(self._waiting.values()):
+            needs = (*step.deps, *step.after)
+            broken = next((n for n in needs if n.key in self._result.failures), None)
+            if broken is not None:
+                del self._waiting[step.key]
+                root = self._result.failures[broken.key]
+                self._result.failures[step.key] = Failure(step, root.error, cause=root.cause or broken.key)
+            elif step.kind != "survey" and all(n.key in self._result.records for n in needs):
+                del self._waiting[step.key]
+                self._start(step)
+
+    def _start(self, step: Step) -> None:
+        attempt, finished = read_units(self._plan.store, step)
+        attempt = attempt or _new_attempt()
+        self._progress.started(step)
+        if isinstance(step, ScoreStep):
+            units: list[Any] = [self._score_unit(step, attempt)]
+            pool, work = self._scoring_pool, float(step.suite.num_samples or 0)
+        else:
+            units = self._tensor_units(step, attempt)
+            pool, work = self._tensor_pool, step.read_bytes / len(units)
+        self._active[step.key] = _Active(step, attempt, len(units), finished, work)
+        for index, unit in enumerate(units):
+            if index not in finished:
+                pool.submit(Task((step.key, index), step.kind, unit))
+        self._finish_if_complete(step.key)
+
+    def _tensor_units(self, step: Step, attempt: str) -> list[Any]:
+        output = Output(self._plan.store.uri, attempt_prefix(step, attempt))
+        match step:
+            case RealignStep():
+                method = step.method
+                decisions = [method.decide(s) for s in self._statistics(step.survey)]
+                edited = frozenset(d.module for d in decisions if d.edit)
+                return [
+                    RealignUnit(
+                        aligned=self._plan.bases.aligned.uri,
+                        model=step.model.uri,
+                        safety=step.safety.uri if step.safety else None,
+                        method=method,
+                        edited=edited,
+                        shard=shard,
+                        output=output,
+                    )
+                    for shard in self._shards([step.model], step.is_adapter)
+                ]
+            case FuseStep():
+                coefficients = step.method.coefficients(list(step.members))
+                members = tuple(Member(self._uri(m), coefficients[name]) for name, m in step.members.items())
+                sources = [m if isinstance(m, Source) else m.model for m in step.members.values()]
+                return [
+                    FuseUnit(self._plan.bases.aligned.uri, members, step.method, step.is_adapter, shard, output)
+                    for shard in self._shards(sources, step.is_adapter)
+                ]
+            case _:
+                raise AssertionError(f"{step.key}: no tensor step")
+
+    def _shards(self, sources: list[Source], is_adapter: bool) -> list[Shard]:
+        """The output's files, from headers alone."""
+        if is_adapter:
+            names = sorted({n for s in sources for n in touched_tensors(s.model)})
+            return [Shard("adapter_model.safetensors", tuple(names), {})]
+        groups = plan_shards(
+            self._plan.bases.aligned_model.tensors.values(), self._plan.manifest.checkpoint.shard_bytes
+        )
+        files = [shard_name(i, len(groups)) for i in range(len(groups))]
+        index = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+        return [
+            Shard(file, tuple(names), index if i == 0 else None)
+            for i, (file, names) in enumerate(zip(files, groups, strict=True))
+        ]
+
+    def _score_unit(self, step: ScoreStep, attempt: str) -> ScoreUnit:
+        return ScoreUnit(
+            candidate=step.candidate,
+            identity=identity_of(step.weights),
+            weights=self._uri(step.weights),
+            is_adapter=step.weights.is_adapter,
+            suite=step.suite,
+            judge=self._plan.manifest.evaluation.judge.model_dump(mode="json"),
+            store=self._plan.store.uri,
+            prefix=attempt_prefix(step, attempt),
+        )
+
+    def _uri(self, weights: Weights) -> str:
+        """Where a source is, or where the step that makes the weights has left them."""
+        if isinstance(weights, Source):
+            return weights.uri
+        record = self._result.records[weights.key]
+        return self._plan.store.folder(attempt_prefix(weights, record.attempt)).uri
+
+    def _statistics(self, survey: SurveyStep) -> list[ModuleStatistics]:
+        rows = self._result.records[survey.key].result["modules"]
+        assert isinstance(rows, list)
+        return [ModuleStatistics.model_validate(row) for row in rows]
+
+    # -- the survey: one pass over V for all models that have none yet --------------------------------------------
+
+    def _start_survey(self) -> None:
+        steps = [s for s in self._waiting.values() if isinstance(s, SurveyStep)]
+        if not steps:
+            return
+        bases = self._plan.bases
+        groups = plan_shards(bases.aligned_model.tensors.values(), SURVEY_GROUP_BYTES)
+        models = {s.name: s.model.uri for s in steps}
+        self._survey.begin(
+            steps, len(groups), sum(s.model.model.num_bytes for s in steps) + 2 * bases.aligned.model.num_bytes
+        )
+        for step in steps:
+            del self._waiting[step.key]
+            self._progress.started(step)
+        for index, names in enumerate(groups):
+            unit = SurveyUnit(bases.aligned.uri, bases.unaligned.uri, models, tuple(names))
+            self._tensor_pool.submit(Task((_SURVEY_PASS, index), "survey", unit))
+
+    def _settle_survey(self, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            for step in self._survey.steps:
+                self._fail(step, outcome.error)
+            self._survey.end()
+            return
+        self._progress.worked("survey", self._survey.work_per_unit)
+        self._survey.results[outcome.task.key[1]] = outcome.value
+        self._survey.seconds += outcome.seconds
+        if len(self._survey.results) < self._survey.num_units:
+            return
+        for step in self._survey.steps:
+            bad = self._survey.non_finite(step.name)
+            if bad:
+                where = f"models: {step.name}: {len(bad)} tensors hold NaN or Inf"
+                self._fail(step, CheckpointError(f"{where}: {', '.join(bad[:8])}; train or copy it again"))
+                continue
+            rows: list[Json] = [row.model_dump(mode="json") for row in self._survey.statistics(step.name)]
+            self._complete(step, self._record(step, _new_attempt(), {}, {"modules": rows}, self._survey.seconds))
+        self._survey.end()
+
+    # -- ending units and steps ----------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        pools = (self._tensor_pool, self._scoring_pool)
+        refs = [ref for pool in pools for ref in pool.refs]
+        if refs:
+            ready, _ = ray.wait(refs, num_returns=1, timeout=_WAIT_SECONDS)
+        else:
+            ready = []
+            time.sleep(_WAIT_SECONDS if any(p.busy for p in pools) else 0.0)
+        for pool in pools:
+            mine = set(pool.refs)
+            outcomes = [pool.settle(ref) for ref in ready if ref in mine]
+            for outcome in (*outcomes, *pool.reap()):
+                if outcome is not None:
+                    self._settle(outcome)
+        self._progress.tick(sum(p.num_running for p in pools))
+
+    def _settle(self, outcome: Outcome) -> None:
+        key, index = outcome.task.key
+        if key == _SURVEY_PASS:
+            if self._survey.active:
+                self._settle_survey(outcome)
+            return
+        active = self._active.get(key)
+        if active is None:
+            return  # another unit of this step has failed already
+        if outcome.error is not None:
+            del self._active[key]
+            self._fail(active.step, outcome.error)
+            return
+        unit: UnitRecord = outcome.value
+        active.finished[index] = unit
+        active.seconds += outcome.seconds
+        self._progress.worked(active.step.kind, active.work_per_unit)
+        if active.num_units > 1:
+            self._plan.store.replace(unit_key(active.step, active.attempt, index), to_bytes(unit))
+        self._finish_if_complete(key)
+
+    def _finish_if_complete(self, key: str) -> None:
+        active = self._active[key]
+        if len(active.finished) < active.num_units:
+            return
+        del self._active[key]
+        files = {name: entry for unit in active.finished.values() for name, entry in unit.files.items()}
+        result: dict[str, Json] = {}
+        for index in sorted(active.finished):
+            result |= active.finished[index].result
+        if isinstance(active.step, RealignStep):
+            decisions = [active.step.method.decide(s) for s in self._statistics(active.step.survey)]
+            result["decisions"] = [d.model_dump(mode="json") for d in decisions]
+        self._complete(active.step, self._record(active.step, active.attempt, files, result, active.seconds))
+
+    def _record(
+        self, step: Step, attempt: str, files: dict[str, Any], result: dict[str, Json], seconds: float
+    ) -> Record:
+        return Record(
+            kind=step.kind,
+            name=step.name,
+            fingerprint=step.fingerprint,
+            algorithm_version=ALGORITHM_VERSIONS[step.kind],
+            spec=step.spec,
+            inputs=step.inputs,
+            deps=tuple(d.key for d in step.deps),
+            attempt=attempt,
+            files=files,
+            result=result,
+            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+            versions=package_versions(),
+        )
+
+    def _complete(self, step: Step, record: Record) -> None:
+        if not self._plan.store.create(record_key(step), to_bytes(record)):
+            theirs = read_record(self._plan.store, step)  # another run was faster; its record is the step's
+            assert theirs is not None
+            record = theirs
+        self._result.records[step.key] = record
+        self._result.computed.append(step.key)
+        self._progress.finished(step, record.seconds)
+
+    def _fail(self, step: Step, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            raise error
+        logger.error("failed %s: %s", step.key, error)
+        self._result.failures[step.key] = Failure(step, error)
+
+
+class _SurveyPass:
+    """The state of the one pass that surveys all pending models together."""
+
+    def __init__(self) -> None:
+        self.end()
+
+    def begin(self, steps: list[SurveyStep], num_units: int, num_bytes: int) -> None:
+        self.steps = steps
+        self.num_units = num_units
+        self.work_per_unit = num_bytes / num_units
+
+    def end(self) -> None:
+        self.steps: list[SurveyStep] = []
+        self.num_units = 0
+        self.work_per_unit = 0.0
+        self.seconds = 0.0
+        self.results: dict[int, SurveyResult] = {}
+
+    @property
+    def active(self) -> bool:
+        return bool(self.steps)
+
+    def statistics(self, model: str) -> list[ModuleStatistics]:
+        """All modules of one model, in name order, whatever the units were."""
+        rows = [row for result in self.results.values() for row in result.statistics[model]]
+        return sorted(rows, key=lambda row: row.module)
+
+    def non_finite(self, model: str) -> list[str]:
+        return sorted(name for result in self.results.values() for name in result.non_finite[model])
+
+
+def _new_attempt() -> str:
+    """Time first, so that attempts sort by age; a random part, so that two never share a folder."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"

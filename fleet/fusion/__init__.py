@@ -1,0 +1,14 @@
+"""The fusion methods. To add one: a file with a `FusionMethod` subclass, and its name in the union below."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fleet.fusion.base import FusionMethod
+from fleet.fusion.task_arithmetic import TaskArithmetic
+from fleet.fusion.weight_average import WeightAverage
+
+AnyFusionMethod = Annotated[WeightAverage | TaskArithmetic, Field(discriminator="method")]
+"""Every method a manifest may name, told apart by `method`."""
+
+__all__ = ["AnyFusionMethod", "FusionMethod", "TaskArithmetic", "WeightAverage"]

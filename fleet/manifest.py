@@ -1,0 +1,258 @@
+"""models.json <-> Manifest: what a user asks for, checked before anything else happens.
+
+Every mistake a manifest can hold surfaces here, as one line naming the field and the fix. Sources, suites and stores
+are looked at next, by `fleet.plan`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from fleet.errors import ManifestError
+from fleet.fusion import AnyFusionMethod
+from fleet.methods import AnyRealignMethod
+
+RESERVED_NAMES = ("aligned", "unaligned", "safety")
+
+
+def _absolute(value: str, info: ValidationInfo) -> str:
+    """A relative path means relative to the manifest's folder, wherever the command is typed."""
+    root = (info.context or {}).get("root")
+    if root is None or re.match(r"[a-z0-9]+://", value):
+        return value
+    return str(Path(root, value))
+
+
+def _absolute_tracking(value: str, info: ValidationInfo) -> str:
+    match = re.fullmatch(r"sqlite:///(?!/)(.+)", value)
+    return f"sqlite:///{_absolute(match[1], info)}" if match else value
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Base(_Part):
+    """The aligned model everything was tuned from, and what tells safety apart from it."""
+
+    unaligned: Uri
+    """The model the aligned one was aligned from: V = aligned − unaligned."""
+    aligned: Uri
+    """The aligned model every model of the catalogue was fine-tuned from."""
+    safety: Uri | None = None
+    """A safety LoRA on the aligned model, for the methods that merge with one."""
+
+
+class ModelSpec(_Part):
+    """One fine-tuned model of the catalogue."""
+
+    name: Name
+    source: Uri
+    """A folder, `s3://bucket/prefix` or `hf://org/name@commit` with a full model or a PEFT LoRA adapter."""
+    suites: tuple[str, ...] = ()
+    """The task suites this model was fine-tuned for."""
+
+
+class Variant(_Part):
+    """One way to realign and fuse the catalogue."""
+
+    name: Name
+    realign: AnyRealignMethod | None
+    """How each model is realigned; null leaves them as fine-tuned."""
+    fuse: AnyFusionMethod | None
+    """How the realigned models become one; null leaves them apart."""
+    models: tuple[Name, ...] | None = None
+    """Which models take part; all, if not given."""
+
+
+class RuleJudgeSpec(_Part):
+    """The judge that matches a suite's own rules."""
+
+    kind: Literal["rule"]
+
+
+class Evaluation(_Part):
+    """What every candidate is scored on."""
+
+    harmfulness: tuple[str, ...] = Field(min_length=1)
+    """Suites of harmful requests."""
+    over_refusal: tuple[str, ...] = ()
+    """Suites of harmless look-alikes."""
+    judge: RuleJudgeSpec = RuleJudgeSpec(kind="rule")
+    references: tuple[Literal["aligned", "unaligned"], ...] = ("aligned",)
+    """Which of the base models are scored beside the candidates; the gates compare with the aligned one."""
+    folders: tuple[Uri, ...] = ()
+    """Folders with suites of your own, searched before the bundled ones."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the engines compute in; `auto` is the aligned model's own on a GPU and float32 on a CPU."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Longest prompt and completion together, in tokens; the model's own limit if not given."""
+
+    @model_validator(mode="after")
+    def _aligned_is_scored(self) -> Evaluation:
+        if "aligned" not in self.references:
+            raise ValueError("references must contain 'aligned': the gates compare with it")
+        return self
+
+
+class Gates(_Part):
+    """What a fused model must reach to be published; each is a bound, not a point estimate."""
+
+    harmfulness_max: float = Field(default=0.05, ge=0.0, le=1.0)
+    task_drop_max: float = Field(default=0.02, ge=0.0, le=1.0)
+    """Largest loss of accuracy on a task, against the fine-tuned model of that task."""
+    over_refusal_max: float = Field(default=0.10, ge=0.0, le=1.0)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+
+
+class Tracking(_Part):
+    """Where MLflow keeps the runs."""
+
+    uri: Annotated[str, Field(min_length=1), AfterValidator(_absolute_tracking)] = "sqlite:///mlflow.db"
+    """`sqlite:///file.db` or a server's address."""
+    experiment: str = "fleet"
+    register_as: Name | None = None
+    """Registered-model name of the fused variants; the best that passes the gates gets the alias `realigned`."""
+
+
+class Checkpoint(_Part):
+    """How full models are written."""
+
+    shard_bytes: int = Field(default=2_000_000_000, gt=0)
+    """A shard's tensors add up to at most this, unless one tensor alone is larger; one shard is one unit of work."""
+
+
+class Placement(_Part):
+    """Where and how wide the work runs. Never part of an identity: results are the same whatever stands here."""
+
+    workers: int = Field(default=2, ge=1)
+    """Tensor workers: Ray actors that survey, realign and fuse."""
+    worker_cpus: float = Field(default=1.0, gt=0.0)
+    worker_memory_bytes: int = Field(default=0, ge=0)
+    """Memory Ray reserves for each; 0 reserves none."""
+    replicas: int = Field(default=1, ge=1)
+    """vLLM replicas."""
+    replica_cpus: float = Field(default=1.0, gt=0.0)
+    replica_gpus: int = Field(default=0, ge=0)
+    """GPUs of one replica, which is its tensor-parallel size; 0 runs on the CPU."""
+    kv_cache_bytes: int = Field(default=256 << 20, gt=0)
+    """KV cache of a CPU replica; a GPU replica uses vLLM's own default."""
+    retries: int = Field(default=3, ge=0)
+    """How often a unit of work is tried again after its worker died."""
+    unit_timeout_seconds: float = Field(default=3600.0, gt=0.0)
+    """A unit still running after this is taken for hung: its worker is killed and it is tried again."""
+
+
+class Manifest(_Part):
+    """Everything one run is asked to do."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: Name
+    base: Base
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    evaluation: Evaluation
+    gates: Gates = Gates()
+    tracking: Tracking = Tracking()
+    artifacts: Uri
+    """The store: a folder or `s3://bucket/prefix`."""
+    checkpoint: Checkpoint = Checkpoint()
+    placement: Placement = Placement()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Manifest:
+        models = [m.name for m in self.models]
+        _refuse_duplicates("models", models)
+        _refuse_duplicates("variants", [v.name for v in self.variants])
+        if reserved := sorted(set(models) & set(RESERVED_NAMES)):
+            raise ValueError(f"models: {', '.join(reserved)} names a base model; choose another name")
+        for variant in self.variants:
+            members = variant.models if variant.models is not None else tuple(models)
+            weights = variant.fuse.weights if variant.fuse else {}
+            where = f"variants: {variant.name}"
+            _refuse_duplicates(f"{where}: models", members)
+            if unknown := sorted(set(members) - set(models)):
+                raise ValueError(f"{where}: no model is named {', '.join(unknown)}; there are {', '.join(models)}")
+            if not members:
+                raise ValueError(f"{where}: models is empty; leave it out to take all")
+            if unknown := sorted(set(weights) - set(members)):
+                raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
+            if weights and sum(variant.fuse.weight(m) for m in members) <= 0.0:  # type: ignore[union-attr]
+                raise ValueError(f"{where}: fuse.weights must add up to more than 0")
+            if variant.realign and variant.realign.needs_safety_adapter and self.base.safety is None:
+                raise ValueError(f"{where}: {variant.realign.method} needs a safety adapter; set base.safety")
+        return self
+
+    def members(self, variant: Variant) -> tuple[ModelSpec, ...]:
+        """The models that take part in a variant, in the manifest's order."""
+        return tuple(m for m in self.models if variant.models is None or m.name in variant.models)
+
+
+def _refuse_duplicates(where: str, names: Iterable[str]) -> None:
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise ValueError(f"{where}: duplicate names: {', '.join(twice)}; give each its own")
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; relative paths in it become absolute, from its own folder.
+
+    Raises:
+        ManifestError: the file is missing, is not JSON, or breaks the schema; one line with every problem.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError as e:
+        raise ManifestError(f"{path}: no such manifest") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ManifestError(f"{path}: can't be read ({e})") from e
+    try:
+        document = json.loads(text, object_pairs_hook=_unique_keys)
+    except ValueError as e:
+        raise ManifestError(f"{path}: not valid JSON: {e}") from e
+    try:
+        return Manifest.model_validate(document, context={"root": path.resolve().parent})
+    except ValidationError as e:
+        raise ManifestError(f"{path}: " + "; ".join(_problem(error) for error in e.errors())) from e
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A key given twice is a mistake that JSON readers hide by keeping the last."""
+    _refuse_duplicates("object", [key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _problem(error: object) -> str:
+    match error:
+        case {"loc": loc, "msg": str(message), "type": str(kind)}:
+            field = ".".join(str(part) for part in loc)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            if kind == "extra_forbidden":
+                return f"{field}: unknown field; remove it or correct its name"
+            if kind == "missing":
+                return f"{field}: missing"
+            return f"{field}: {message}" if field else message.removeprefix("Value error, ")
+        case _:
+            raise AssertionError(f"not a pydantic error: {error!r}")
+
+
+def manifest_schema() -> str:
+    """JSON Schema of a manifest, as shipped in `fleet/manifest.schema.json`."""
+    return json.dumps(Manifest.model_json_schema(by_alias=True), indent=2, sort_keys=True) + "\n"

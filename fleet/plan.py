@@ -1,0 +1,133 @@
+"""Manifest + headers -> Plan: every step, its key, its bytes and whether it is done, before any weight is read.
+
+Nothing here imports torch, ray, vllm or mlflow. Everything a user can get wrong in the sources, the suites and the
+store surfaces here, as an `InputError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from evals.suites import Suite, load_suite
+from fleet.checkpoint.models import Adapter, Model, check_belongs, read_model, require_full_model
+from fleet.errors import CheckpointError, ManifestError
+from fleet.identity import digest
+from fleet.manifest import Manifest
+from fleet.record import Record, Step, read_record
+from fleet.steps import Bases, Candidate, Source, StepBuilder
+from fleet.store import Folder, Store, open_folder, open_store
+
+_MODEL_FILES = re.compile(r"[^/]+\.(safetensors|json|jinja|model|txt)")
+"""The files of a folder that decide what the model does, and so its identity."""
+_ADAPTER_FILES = re.compile(r"adapter_(config\.json|model\.safetensors)")
+
+_READERS = 16
+"""Threads that read headers and records; both wait for storage, not for a core."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. `steps` are in an order in which each comes after what it reads."""
+
+    manifest: Manifest
+    store: Store
+    bases: Bases
+    suites: dict[str, Suite]
+    candidates: tuple[Candidate, ...]
+    steps: tuple[Step, ...]
+    done: dict[str, Record]
+    """Step key -> record, of the steps that are done already."""
+
+    @property
+    def run_id(self) -> str:
+        """The same for the same work: a run that was killed and is typed again is the same run."""
+        return digest([self.manifest.name, *sorted(s.fingerprint for s in self.steps)]).removeprefix("sha256:")[:12]
+
+    @property
+    def pending(self) -> tuple[Step, ...]:
+        return tuple(s for s in self.steps if s.key not in self.done)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Every adapter of the catalogue and the safety adapter; what we make of them touches no other modules."""
+        sources = [c.weights for c in self.candidates if isinstance(c.weights, Source)]
+        sources += [self.bases.safety] if self.bases.safety else []
+        return tuple(s.model for s in sources if isinstance(s.model, Adapter))
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The largest rank any candidate adapter can have: the engines are started for it."""
+        return max(c.weights.max_rank for c in self.candidates)
+
+
+def make_plan(manifest: Manifest) -> Plan:
+    """Open every source and suite, check that all fit together, and lay out the steps.
+
+    Raises:
+        InputError: a source, a suite or the store that cannot be used; nothing has been computed.
+    """
+    store = open_store(manifest.artifacts)
+    store.check()
+    base = manifest.base
+    uris = [base.aligned, base.unaligned, *([base.safety] if base.safety else []), *(m.source for m in manifest.models)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
+    bases = Bases(sources[base.aligned], sources[base.unaligned], sources[base.safety] if base.safety else None)
+    models = {m.name: sources[m.source] for m in manifest.models}
+    _check_sources(bases, models)
+    suites = _load_suites(manifest)
+    builder = StepBuilder(manifest, bases, models, suites)
+    candidates = builder.candidates()
+    steps = tuple(builder.steps.values())
+    return Plan(manifest, store, bases, suites, candidates, steps, _done(store, steps))
+
+
+def _open_source(uri: str) -> Source:
+    folder = open_folder(uri)
+    model = read_model(folder)
+    return Source(uri, model, _identity(folder, model))
+
+
+def _identity(folder: Folder, model: Model) -> str:
+    wanted = _ADAPTER_FILES if isinstance(model, Adapter) else _MODEL_FILES
+    return digest({name: value for name, value in folder.digests().items() if wanted.fullmatch(name)})
+
+
+def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
+    aligned = bases.aligned_model
+    check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
+    if bases.aligned.identity == bases.unaligned.identity:
+        raise ManifestError("base: aligned and unaligned hold the same weights, so nothing tells safety apart")
+    if bases.safety is not None:
+        if not bases.safety.is_adapter:
+            raise CheckpointError(f"base.safety: {bases.safety.uri} is a full model; give a LoRA on the aligned model")
+        check_belongs(bases.safety.model, aligned)
+    for source in models.values():
+        check_belongs(source.model, aligned)
+
+
+def _load_suites(manifest: Manifest) -> dict[str, Suite]:
+    evaluation = manifest.evaluation
+    folders = tuple(Path(f) for f in evaluation.folders)
+    wanted = [
+        *((name, "harmfulness") for name in evaluation.harmfulness),
+        *((name, "over_refusal") for name in evaluation.over_refusal),
+        *((name, "task") for model in manifest.models for name in model.suites),
+    ]
+    suites: dict[str, Suite] = {}
+    for name, kind in wanted:
+        if name not in suites:
+            suites[name] = load_suite(name, folders)
+        if suites[name].kind != kind:
+            raise ManifestError(f"suite {name} is a suite of {suites[name].kind}, but the manifest lists it as {kind}")
+    return suites
+
+
+def _done(store: Store, steps: Iterable[Step]) -> dict[str, Record]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        records = pool.map(lambda step: (step.key, read_record(store, step)), steps)
+        return {key: record for key, record in records if record is not None}

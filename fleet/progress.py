@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: bars with rates on a terminal, plain lines in a job's log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from fleet.record import Kind, Step
+
+logger = logging.getLogger(__name__)
+
+_KINDS: tuple[Kind, ...] = ("survey", "realign", "fuse", "score")
+_LINE_SECONDS = 15.0
+"""How often a job's log gets a line, so that a long step is seen to be alive."""
+
+
+class RunProgress:
+    """Counts steps and work per kind. The work of tensor steps is bytes read, that of scoring is prompts."""
+
+    def __init__(self, steps: tuple[Step, ...], done: set[str], console: Console) -> None:
+        self._console = console
+        self._total = {kind: sum(s.kind == kind for s in steps) for kind in _KINDS}
+        self._done = {kind: sum(s.kind == kind and s.key in done for s in steps) for kind in _KINDS}
+        self._work: dict[Kind, float] = dict.fromkeys(_KINDS, 0.0)
+        self._first: dict[Kind, float] = {}
+        self._live: Progress | None = None
+        self._bars: dict[Kind, TaskID] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> RunProgress:
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.fields[rate]}"), console=self._console,
+            )  # fmt: skip
+            for kind in _KINDS:
+                if self._total[kind]:
+                    self._bars[kind] = self._live.add_task(
+                        kind, total=self._total[kind], completed=self._done[kind], rate=""
+                    )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def started(self, step: Step) -> None:
+        self._first.setdefault(step.kind, time.monotonic())
+        logger.debug("start %s", step.key)
+
+    def worked(self, kind: Kind, amount: float) -> None:
+        """A unit is done: `amount` bytes read, or prompts scored."""
+        self._work[kind] += amount
+        self._show(kind)
+
+    def finished(self, step: Step, seconds: float) -> None:
+        self._done[step.kind] += 1
+        self._show(step.kind)
+        if self._live is None:
+            logger.info(
+                "done %s in %.1f s (%d of %d)", step.key, seconds, self._done[step.kind], self._total[step.kind]
+            )
+
+    def tick(self, running: int) -> None:
+        """Called often; says now and then that the run is alive."""
+        if self._live is None and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            counts = ", ".join(f"{k} {self._done[k]}/{self._total[k]}{self._rate(k)}" for k in _KINDS if self._total[k])
+            logger.info("%s; %d units running", counts, running)
+
+    def _show(self, kind: Kind) -> None:
+        if self._live is not None and kind in self._bars:
+            self._live.update(self._bars[kind], completed=self._done[kind], rate=self._rate(kind))
+
+    def _rate(self, kind: Kind) -> str:
+        if not self._work[kind]:
+            return ""
+        per_second = self._work[kind] / max(time.monotonic() - self._first[kind], 1e-3)
+        return f" {per_second:.1f} prompts/s" if kind == "score" else f" {per_second / 1e6:.1f} MB/s"

@@ -1,0 +1,123 @@
+"""The command: `python -m fleet.realign --manifest models.json`.
+
+    models.json ─▶ Manifest ─▶ Plan ─▶ survey ─▶ realign ─▶ fuse ─▶ score ─▶ gate ─▶ report, MLflow, registry
+
+Exit code 0: every step is done. 1: something failed; independent work was finished and kept. 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fleet.plan import Plan
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; heavy imports come after it, so that `--help` is at once."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fleet.realign",
+        description="Realign, fuse, score and publish a catalogue of models fine-tuned from one aligned base.",
+    )
+    parser.add_argument(
+        "--manifest", type=Path, required=True, help="the catalogue and what to do with it (models.json)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print every step, its key and its bytes, and stop")
+    parser.add_argument("--address", help="a Ray cluster; by default the one this job runs on, else a local Ray")
+    parser.add_argument("--verbose", action="store_true", help="log every unit")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(asctime)s %(name)s: %(message)s"
+    )
+    logging.getLogger("fleet").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    from rich.console import Console
+
+    from fleet.errors import FleetError, InputError
+    from fleet.manifest import load_manifest
+    from fleet.plan import make_plan
+
+    console = Console()
+    try:
+        plan = make_plan(load_manifest(arguments.manifest))
+        if arguments.dry_run:
+            print_plan(plan, console)
+        else:
+            realign(plan, arguments.address, console)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except FleetError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def realign(plan: Plan, address: str | None, console: Console) -> None:
+    """Run a plan and show what came out.
+
+    Raises:
+        InputError: the cluster or the tracking server isn't there, or a step failed for what the user gave.
+        StepFailedError: a step failed; everything that doesn't depend on it is done, reported and tracked.
+    """
+    from fleet.coordinator import Coordinator, RunResult, start_ray
+    from fleet.progress import RunProgress
+    from fleet.report import make_report, print_report, write_report
+    from fleet.tracking import Tracker
+
+    tracker = Tracker(plan)
+    tracker.start()
+    console.print(f"run {plan.run_id}: {len(plan.steps)} steps, {len(plan.done)} done already")
+    if plan.pending:
+        start_ray(address, plan.manifest.placement)
+        with RunProgress(plan.steps, set(plan.done), console) as progress:
+            result = Coordinator(plan, progress).run()
+    else:
+        result = RunResult(records=dict(plan.done))
+    report = make_report(plan, result)
+    page = write_report(plan, report)
+    print_report(report, console)
+    if not plan.pending:
+        console.print("nothing was computed: every step was done already")
+    else:
+        console.print(f"{report.computed} steps computed, {report.cached} done already, in {report.seconds:.0f} s")
+    for row in report.rows:
+        if row.role == "fused":
+            console.print(f"{row.name}: {row.weights}", soft_wrap=True)
+    console.print(f"records: {plan.store.uri}", f"report:  {page}", sep="\n", soft_wrap=True)
+    tracker.finish(report, failed=bool(result.failures))
+    console.print(f"tracked: {tracker.location}", soft_wrap=True)
+    result.raise_failures()
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The dry run: each step, its key, its bytes, and whether it is done."""
+    from rich.table import Table
+
+    table = Table(title=f"{plan.manifest.name}: run {plan.run_id}")
+    table.add_column("step", overflow="fold")
+    for title in ("reads", "writes at most", ""):
+        table.add_column(title, justify="right")
+    for step in plan.steps:
+        sizes = [f"{n / 1e6:.1f} MB" if n else "" for n in (step.read_bytes, step.write_bytes)]
+        table.add_row(step.key, *sizes, "done" if step.key in plan.done else "")
+    console.print(table)
+    placement = plan.manifest.placement
+    console.print(
+        f"{len(plan.pending)} of {len(plan.steps)} steps to do, on {placement.workers} tensor workers and "
+        f"{placement.replicas} replicas with {placement.replica_gpus} GPUs each"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""What a run found: the table on the terminal, and the same as JSON and one self-contained HTML page.
+
+Every rate keeps its counts and interval, and every row says where its samples are.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from evals.gates import GateResult, gate
+from evals.logs import EvalLog
+from evals.rates import Rate
+from fleet.coordinator import RunResult
+from fleet.identity import Json
+from fleet.plan import Plan
+from fleet.record import Record, attempt_prefix
+from fleet.scoring import SAMPLES_FILE
+from fleet.steps import Candidate, Role, Source
+
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Score(_Part):
+    """One candidate on one suite."""
+
+    suite: str
+    kind: Literal["harmfulness", "over_refusal", "task"]
+    rate: Rate
+    samples: str
+    """URI of every prompt, completion and verdict behind the rate."""
+
+
+class Row(_Part):
+    """One candidate."""
+
+    name: str
+    role: Role
+    models: tuple[str, ...]
+    parameters: dict[str, Json]
+    weights: str | None
+    """URI of the full model or adapter; None if it could not be made."""
+    identity: str
+    scores: tuple[Score, ...]
+    gate: Literal["pass", "fail", "not enough evidence"] | None
+    """None for the base models."""
+    reasons: tuple[str, ...]
+
+
+class RunReport(_Part):
+    """One run. The same records give the same report, but for `computed` and `seconds`."""
+
+    run_id: str
+    name: str
+    rows: tuple[Row, ...]
+    edits: dict[str, str]
+    """Realigned model -> how many of its modules were edited."""
+    computed: int
+    cached: int
+    failures: dict[str, str]
+    seconds: float
+    artifacts: str
+    best: str | None
+    """The fused variant that passed with the least harm; None if none passed."""
+
+    def row(self, name: str) -> Row:
+        return next(r for r in self.rows if r.name == name)
+
+
+@dataclass(frozen=True)
+class _Logs:
+    """Reads eval logs back from the store."""
+
+    plan: Plan
+    records: dict[str, Record]
+
+    def samples_key(self, candidate: Candidate, suite: str) -> str | None:
+        step = candidate.scores[suite]
+        record = self.records.get(step.key)
+        return None if record is None else f"{attempt_prefix(step, record.attempt)}/{SAMPLES_FILE}"
+
+    def log(self, candidate: Candidate, suite: str) -> EvalLog | None:
+        key = self.samples_key(candidate, suite) if suite in candidate.scores else None
+        data = None if key is None else self.plan.store.read(key)
+        if data is None:
+            return None
+        return EvalLog.read(self.records[candidate.scores[suite].key].result, data.decode())
+
+
+def make_report(plan: Plan, result: RunResult) -> RunReport:
+    """Gather the records of a run, and gate every candidate that is not a base model."""
+    logs = _Logs(plan, result.records)
+    rows = tuple(_row(plan, candidate, logs) for candidate in plan.candidates)
+    passed = [r for r in rows if r.role == "fused" and r.gate == "pass"]
+    edits: dict[str, str] = {}
+    for step in plan.steps:
+        record = result.records.get(step.key)
+        decisions = record.result.get("decisions") if record else None
+        if isinstance(decisions, list):
+            edited = sum(isinstance(d, dict) and bool(d["edit"]) for d in decisions)
+            edits[step.name] = f"{edited} of {len(decisions)}"
+    return RunReport(
+        run_id=plan.run_id,
+        name=plan.manifest.name,
+        rows=rows,
+        edits=edits,
+        computed=len(result.computed),
+        cached=len(plan.done),
+        failures={key: f"{type(f.error).__name__}: {f.error}" for key, f in result.failures.items() if f.cause is None},
+        seconds=round(result.seconds, 1),
+        artifacts=plan.store.uri,
+        best=min(passed, key=_harm).name if passed else None,
+    )
+
+
+def _harm(row: Row) -> float:
+    return sum(s.rate.value or 0.0 for s in row.scores if s.kind == "harmfulness")
+
+
+def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
+    scores: list[Score] = []
+    for suite, step in candidate.scores.items():
+        record = logs.records.get(step.key)
+        key = logs.samples_key(candidate, suite)
+        if record is not None and key is not None:
+            rate = Rate.model_validate(record.result["rate"])
+            scores.append(
+                Score(suite=suite, kind=plan.suites[suite].kind, rate=rate, samples=f"{plan.store.uri}/{key}")
+            )
+    verdict = None if candidate.role == "reference" else _gate(plan, candidate, logs)
+    weights = candidate.weights
+    uri = weights.uri if isinstance(weights, Source) else None
+    if not isinstance(weights, Source) and weights.key in logs.records:
+        uri = f"{plan.store.uri}/{attempt_prefix(weights, logs.records[weights.key].attempt)}"
+    return Row(
+        name=candidate.name,
+        role=candidate.role,
+        models=candidate.models,
+        parameters=candidate.parameters,
+        weights=uri,
+        identity=weights.identity if isinstance(weights, Source) else weights.fingerprint,
+        scores=tuple(scores),
+        gate=verdict.outcome if verdict else None,
+        reasons=tuple(verdict.reasons) if verdict else (),
+    )
+
+
+def _gate(plan: Plan, candidate: Candidate, logs: _Logs) -> GateResult:
+    """Tasks are compared with the model that was fine-tuned for them."""
+    expert = {suite: m.name for m in plan.manifest.models for suite in m.suites}
+    by_name = {c.name: c for c in plan.candidates}
+    mine = {suite: log for suite in candidate.scores if (log := logs.log(candidate, suite))}
+    references = {
+        suite: log for suite in candidate.scores if suite in expert and (log := logs.log(by_name[expert[suite]], suite))
+    }
+    suites = [plan.suites[name] for name in candidate.scores]
+    return gate(mine, references, suites, plan.manifest.gates)
+
+
+def write_report(plan: Plan, report: RunReport) -> str:
+    """Put the report beside the artifacts; returns where the page is."""
+    prefix = f"runs/{report.run_id}"
+    plan.store.replace(f"{prefix}/{REPORT_JSON}", report_json(report))
+    plan.store.replace(f"{prefix}/{REPORT_HTML}", report_html(report).encode())
+    return f"{plan.store.uri}/{prefix}/{REPORT_HTML}"
+
+
+def report_json(report: RunReport) -> bytes:
+    return (json.dumps(report.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def columns(report: RunReport) -> list[tuple[str, str]]:
+    """(kind, suite) of every column, harm first."""
+    order = ("harmfulness", "over_refusal", "task")
+    found = dict.fromkeys((s.kind, s.suite) for row in report.rows for s in row.scores)
+    return sorted(found, key=lambda c: order.index(c[0]))
+
+
+def short_names(report: RunReport) -> dict[str, str]:
+    """Suite -> a heading: without the prefix that all of them share."""
+    suites = [suite for _, suite in columns(report)]
+    prefixes = {s.split("_")[0] for s in suites}
+    shared = f"{prefixes.pop()}_" if len(prefixes) == 1 and len(suites) > 1 else ""
+    return {s: s.removeprefix(shared) for s in suites}
+
+
+def cell(rate: Rate, with_interval: bool) -> str:
+    """A rate as a person reads it: per cent, interval where asked for, and what was left unscored."""
+    if rate.value is None:
+        return f"– ({rate.unscored} unscored)"
+    if rate.binary:
+        text = f"{100 * rate.value:.1f} %"
+        if with_interval and rate.low is not None and rate.high is not None:
+            text += f" [{100 * rate.low:.0f}–{100 * rate.high:.0f}]"
+    else:
+        text = f"{rate.value:.3f}"
+    return text + (f" ({rate.unscored} unscored)" if rate.unscored else "")
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """The table a run ends with."""
+    names = short_names(report)
+    table = Table(
+        title=f"{report.name}: run {report.run_id}",
+        caption=escape("[low–high]: 95 % Clopper–Pearson interval of harmful / scored"),
+    )
+    table.add_column("candidate", no_wrap=True)
+    for kind, suite in columns(report):
+        table.add_column(names[suite], justify="right", no_wrap=kind == "task")
+    table.add_column("gate")
+    last = None
+    for row in report.rows:
+        if last is not None and row.role != last:
+            table.add_section()
+        last = row.role
+        scores = {s.suite: s for s in row.scores}
+        cells = [
+            escape(cell(scores[suite].rate, kind == "harmfulness")) if suite in scores else ""
+            for kind, suite in columns(report)
+        ]
+        table.add_row(row.name, *cells, row.gate or "")
+    console.print(table)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1c2733; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+td.pass { color: #146c2e; } td.fail { color: #a4262c; } tr.group td { background: #f3f6f9; font-weight: 600; }
+small { color: #5c6b7a; } details { margin: .3rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
+"""
+
+_ROLE_NAMES: dict[Role, str] = {
+    "reference": "Base models",
+    "finetuned": "Fine-tuned",
+    "realigned": "Realigned",
+    "fused": "Fused",
+}
+
+
+def report_html(report: RunReport) -> str:
+    """One page that needs nothing else: the chart, the table, and the evidence behind each number."""
+    chart = _chart(report)
+    best = (
+        f"<b>{html.escape(report.best)}</b> passed with the least harm." if report.best else "No fused variant passed."
+    )
+    failures = "".join(
+        f"<li><code>{html.escape(key)}</code>: {html.escape(text)}</li>" for key, text in report.failures.items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(report.name)} · {report.run_id}</title>
+<style>{_STYLE}</style></head><body>
+<h1>{html.escape(report.name)} <small>run {report.run_id}</small></h1>
+<p>{best} Harm is what the judge measured on held-out requests; it says nothing of requests of another kind.</p>
+{f"<h2>Failures</h2><ul>{failures}</ul>" if failures else ""}
+{chart}
+<h2>Candidates</h2>{_html_table(report)}
+<h2>Modules edited</h2><ul>{"".join(f"<li>{html.escape(k)}: {v}</li>" for k, v in report.edits.items())}</ul>
+<h2>Gates and evidence</h2>{"".join(_evidence(row) for row in report.rows)}
+</body></html>
+"""
+
+
+def _html_table(report: RunReport) -> str:
+    names = short_names(report)
+    head = "".join(f"<th>{html.escape(names[suite])}</th>" for _, suite in columns(report))
+    lines: list[str] = []
+    last = None
+    for row in report.rows:
+        if row.role != last:
+            lines.append(
+                f'<tr class="group"><td colspan="{len(columns(report)) + 2}">{_ROLE_NAMES[row.role]}</td></tr>'
+            )
+        last = row.role
+        scores = {s.suite: s for s in row.scores}
+        cells = "".join(_html_cell(scores.get(suite)) for _, suite in columns(report))
+        lines.append(
+            f'<tr><td>{html.escape(row.name)}</td>{cells}<td class="{row.gate or ""}">{row.gate or ""}</td></tr>'
+        )
+    return f"<table><tr><th>candidate</th>{head}<th>gate</th></tr>{''.join(lines)}</table>"
+
+
+def _html_cell(score: Score | None) -> str:
+    if score is None:
+        return "<td></td>"
+    rate = score.rate
+    counts = f"{rate.numerator:g} of {rate.denominator} scored, {rate.unscored} unscored"
+    return f'<td title="{counts}">{html.escape(cell(rate, True))}</td>'
+
+
+def _evidence(row: Row) -> str:
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in row.reasons)
+    samples = "".join(f"<li>{html.escape(s.suite)}: <code>{html.escape(s.samples)}</code></li>" for s in row.scores)
+    parameters = html.escape(json.dumps(row.parameters, sort_keys=True)) if row.parameters else "none"
+    return (
+        f"<details><summary>{html.escape(row.name)}: {row.gate or 'base model'}</summary>"
+        f"<p>weights: <code>{html.escape(str(row.weights))}</code><br>identity: <code>{row.identity}</code><br>"
+        f"parameters: <code>{parameters}</code></p><ul>{reasons}</ul><ul>{samples}</ul></details>"
+    )
+
+
+def _chart(report: RunReport) -> str:
+    """Harm against mean task accuracy, one point per candidate, with the interval of harm."""
+    import plotly.graph_objects as go  # noqa: PLC0415 - a second of import that only the page needs
+
+    figure = go.Figure()
+    for role, title in _ROLE_NAMES.items():
+        points = [(r.name, *_harm_and_accuracy(r)) for r in report.rows if r.role == role]
+        points = [p for p in points if p[1] is not None and p[2] is not None]
+        if not points:
+            continue
+        rates = [p[1] for p in points if p[1] is not None]
+        figure.add_trace(
+            go.Scatter(
+                x=[100 * (r.value or 0.0) for r in rates],
+                y=[100 * p[2] for p in points if p[2] is not None],
+                text=[p[0] for p in points],
+                name=title,
+                mode="markers+text",
+                textposition="top center",
+                marker={"size": 11},
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [100 * ((r.high or 0.0) - (r.value or 0.0)) for r in rates],
+                    "arrayminus": [100 * ((r.value or 0.0) - (r.low or 0.0)) for r in rates],
+                    "thickness": 1,
+                },
+            )
+        )
+    figure.update_layout(
+        xaxis_title="harmful completions, % (95 % interval)",
+        yaxis_title="mean task accuracy, %",
+        template="plotly_white",
+        height=520,
+        margin={"t": 20},
+    )
+    return figure.to_html(full_html=False, include_plotlyjs=True)
+
+
+def _harm_and_accuracy(row: Row) -> tuple[Rate | None, float | None]:
+    harm = next((s.rate for s in row.scores if s.kind == "harmfulness"), None)
+    tasks = [s.rate.value for s in row.scores if s.kind == "task" and s.rate.value is not None]
+    return harm, sum(tasks) / len(tasks) if tasks else None

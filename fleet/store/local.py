@@ -1,0 +1,212 @@
+"""A store and a folder on a file system, shared between nodes or not.
+
+A new object is a hidden temporary file in the key's own directory, flushed to disk, then given its
+name in one step: `link`, which fails if the name is taken, for `create`; `rename` otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fleet.errors import FleetError, SourceError, StoreError
+from fleet.store.base import StoreWriter
+from fleet.store.digest import file_digest
+from fleet.store.keys import check_key, check_prefix, is_visible
+
+
+def read_file_into(path: Path, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` from byte `start` of `path`. Raises SourceError if the file ends too early."""
+    view = buffer.cast("B")
+    done = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise SourceError(
+                    f"{path}: ends at byte {start + done}, but {len(view)} bytes from {start} were "
+                    "expected; the file is truncated: copy it again"
+                )
+            done += count
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """The regular files under `path`, an absolute path; links to files count as files."""
+
+    path: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.path)
+
+    def files(self) -> dict[str, int]:
+        with _explained(SourceError, self.path):
+            if not self.path.is_dir():
+                raise SourceError(f"{self.path}: no such folder")
+            found = _sizes(self.path, self.path)
+        if not found:
+            raise SourceError(f"{self.path}: the folder holds no files")
+        return found
+
+    def digests(self) -> dict[str, str]:
+        names = self.files()
+        with _explained(SourceError, self.path):
+            return {name: file_digest(self.path / name) for name in names}
+
+    def read(self, name: str) -> bytes:
+        with _explained(SourceError, self.path / check_key(name)):
+            return (self.path / name).read_bytes()
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        with _explained(SourceError, self.path / check_key(name)):
+            read_file_into(self.path / name, start, buffer)
+
+    def local(self, scratch: Path) -> Path:
+        self.files()
+        return self.path
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """Objects as files under `root`, an absolute path, made when first written to."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
+
+    def read(self, key: str) -> bytes | None:
+        path = self.root / check_key(key)
+        with _explained(StoreError, path):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self.root / check_key(key)
+        with _explained(StoreError, path):
+            return _create(path, data)
+
+    def replace(self, key: str, data: bytes) -> None:
+        with self.writer(key) as writer:
+            writer.write(data)
+
+    @contextmanager
+    def writer(self, key: str) -> Generator[StoreWriter]:
+        path = self.root / check_key(key)
+        with _explained(StoreError, path):
+            scratch = _scratch(path)
+            writer = _Writer(scratch, path)
+        try:
+            yield writer
+            writer.publish()
+        finally:
+            writer.close()
+
+    def list(self, prefix: str) -> dict[str, int]:
+        # Only the directory that the prefix names in full has to be walked.
+        top = self.root / check_prefix(prefix).rpartition("/")[0]
+        with _explained(StoreError, top):
+            found = _sizes(top, self.root)
+        return {key: size for key, size in found.items() if key.startswith(prefix)}
+
+    def folder(self, prefix: str) -> LocalFolder:
+        return LocalFolder(self.root / check_prefix(prefix))
+
+    def check(self) -> None:
+        path = self.root / ".check"
+        with _explained(SourceError, self.root):
+            _create(path, b"")
+            if _create(path, b""):
+                raise SourceError(
+                    f"{self.root}: this file system lets two processes create one file; "
+                    "keep artifacts on a local disk, NFS, or in S3"
+                )
+
+
+class _Writer:
+    """Writes one hidden file, and at the end gives it its name."""
+
+    def __init__(self, scratch: Path, path: Path) -> None:
+        self._scratch = scratch
+        self._path = path
+        self._file = open(scratch, "xb")  # noqa: SIM115 - closed by close()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        with _explained(StoreError, self._path):
+            self._file.write(data)
+
+    def publish(self) -> None:
+        with _explained(StoreError, self._path):
+            _flush(self._file)
+            os.replace(self._scratch, self._path)
+
+    def close(self) -> None:
+        """Close, and remove what was not published."""
+        with _explained(StoreError, self._path):
+            try:
+                self._file.close()
+            finally:
+                self._scratch.unlink(missing_ok=True)
+
+
+def _scratch(path: Path) -> Path:
+    """A new hidden name beside `path`, whose directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".tmp-{uuid.uuid4().hex}"
+
+
+def _create(path: Path, data: bytes) -> bool:
+    scratch = _scratch(path)
+    try:
+        with open(scratch, "xb") as file:
+            file.write(data)
+            _flush(file)
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            return False
+        return True
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _flush(file: BinaryIO) -> None:
+    # A record that survives a power cut must not name weights that did not.
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sizes(top: Path, root: Path) -> dict[str, int]:
+    """Name relative to `root` -> size of every visible regular file under `top`, sorted by name."""
+    found: dict[str, int] = {}
+    for directory, subdirectories, names in os.walk(top):
+        subdirectories[:] = [name for name in subdirectories if is_visible(name)]
+        for name in filter(is_visible, names):
+            path = Path(directory, name)
+            # is_file() follows links: a snapshot in the Hub's cache is made of links to files.
+            if path.is_file():
+                found[path.relative_to(root).as_posix()] = path.stat().st_size
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _explained(kind: type[FleetError], path: Path) -> Generator[None]:
+    """Raise the operating system's errors as `kind`, with the path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise kind(f"{path}: permission denied; give this user access to it") from error
+    except OSError as error:
+        raise kind(f"{path}: {error.strerror or error}") from error

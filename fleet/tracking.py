@@ -1,0 +1,175 @@
+"""RunReport -> MLflow: one parent run per run, one child per candidate. The only place that imports mlflow.
+
+The store's records come first; MLflow is a view of them. It is asked before any work whether it is there, and an outage
+at the end is reported and mended by typing the same command again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+import mlflow
+from mlflow.entities import Metric, Param, Run
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.tracking import MlflowClient
+
+from fleet.errors import InputError
+from fleet.identity import Json
+from fleet.plan import Plan
+from fleet.report import REPORT_HTML, REPORT_JSON, Row, RunReport, report_html, report_json
+
+_KEY_TAG = "fleet.key"
+"""Tag with what a run is of; a run killed and typed again finds its own by it."""
+
+_PARAM_CHARS = 6000
+"""MLflow's own limit of a parameter's value."""
+
+
+class Tracker:
+    """The MLflow side of one run.
+
+    Raises:
+        InputError: the tracking server cannot be reached.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        tracking = plan.manifest.tracking
+        self._client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
+        try:
+            experiment = self._client.get_experiment_by_name(tracking.experiment)
+            self._experiment = (
+                experiment.experiment_id if experiment else self._client.create_experiment(tracking.experiment)
+            )
+        except MlflowException as e:
+            raise InputError(f"tracking.uri: {tracking.uri} doesn't answer as an MLflow store: {e.message}") from e
+        self.run_id = ""
+
+    @property
+    def location(self) -> str:
+        """Where a person finds the run."""
+        tracking = self._plan.manifest.tracking
+        if tracking.uri.startswith("http"):
+            return f"{tracking.uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{self.run_id}"
+        return f"mlflow ui --backend-store-uri {tracking.uri}  (experiment {tracking.experiment}, run {self.run_id})"
+
+    def start(self) -> None:
+        """Open the parent run of this plan, or the one an earlier, interrupted command opened."""
+        plan = self._plan
+        run = self._find(plan.run_id) or self._create(
+            plan.run_id, f"{plan.manifest.name} {plan.run_id}", {"fleet.name": plan.manifest.name}
+        )
+        self.run_id = run.info.run_id
+        self._client.update_run(self.run_id, status="RUNNING")
+        self._log_params(run, {"manifest.name": plan.manifest.name, "artifacts": plan.store.uri})
+        self._text(self.run_id, "manifest.json", plan.manifest.model_dump_json(indent=1, by_alias=True))
+        steps = [{"key": s.key, "spec": s.spec, "inputs": s.inputs} for s in plan.steps]
+        self._text(self.run_id, "plan.json", json.dumps(steps, indent=1, sort_keys=True))
+
+    def finish(self, report: RunReport, failed: bool) -> None:
+        """Log every candidate as a child run, the report, and the registry; end the parent run."""
+        for row in report.rows:
+            self._candidate(row)
+        metrics = {
+            "num_candidates": len(report.rows),
+            "num_passed": sum(r.gate == "pass" for r in report.rows),
+            "num_steps_computed": report.computed,
+            "num_steps_cached": report.cached,
+            "run_seconds": report.seconds,
+        }
+        self._log_metrics(self.run_id, {name: float(value) for name, value in metrics.items()})
+        self._text(self.run_id, REPORT_JSON, report_json(report).decode())
+        self._text(self.run_id, REPORT_HTML, report_html(report))
+        if self._plan.manifest.tracking.register_as is not None:
+            self._register(self._plan.manifest.tracking.register_as, report)
+        self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
+
+    def _candidate(self, row: Row) -> None:
+        key = f"{self._plan.run_id}/{row.name}"
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "fleet.role": row.role,
+            "fleet.identity": row.identity,
+            "fleet.gate": row.gate or "",
+            "fleet.weights": row.weights or "",
+        }
+        run = self._find(key) or self._create(key, row.name, tags)
+        self._log_params(run, {"role": row.role, "models": ", ".join(row.models), **_flat(row.parameters)})
+        metrics: dict[str, float] = {}
+        for score in row.scores:
+            metrics |= score.rate.metrics(f"{score.kind}.{score.suite}")
+        tasks = [s.rate.value for s in row.scores if s.kind == "task" and s.rate.value is not None]
+        harm = [s.rate.value for s in row.scores if s.kind == "harmfulness" and s.rate.value is not None]
+        if tasks:
+            metrics["task_accuracy_mean"] = sum(tasks) / len(tasks)
+        if harm:
+            metrics["harmfulness_mean"] = sum(harm) / len(harm)
+        self._log_metrics(run.info.run_id, metrics)
+        evidence = {"reasons": row.reasons, "samples": {s.suite: s.samples for s in row.scores}}
+        self._text(run.info.run_id, "evidence.json", json.dumps(evidence, indent=1))
+        for name, value in tags.items():
+            self._client.set_tag(run.info.run_id, name, value)
+        self._client.set_terminated(run.info.run_id)
+
+    def _register(self, name: str, report: RunReport) -> None:
+        """A version per fused variant; the alias `realigned` on the best that passed, or on none."""
+        try:
+            self._client.get_registered_model(name)
+        except RestException:
+            self._client.create_registered_model(name, description=f"Realigned and fused models of {report.name}")
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._client.create_registered_model(name, description=f"Realigned and fused models of {report.name}")
+        known = {
+            v.tags.get("fleet.identity", ""): v.version for v in self._client.search_model_versions(f"name = '{name}'")
+        }
+        for row in report.rows:
+            if row.role != "fused" or row.weights is None:
+                continue
+            if row.identity not in known:
+                run = self._find(f"{self._plan.run_id}/{row.name}")
+                version = self._client.create_model_version(
+                    name, row.weights, run_id=run.info.run_id if run else None, tags={"fleet.identity": row.identity}
+                )
+                known[row.identity] = version.version
+            tags = {"fleet.variant": row.name, "fleet.gate": row.gate or ""}
+            for tag, value in tags.items():
+                self._client.set_model_version_tag(name, known[row.identity], tag, value)
+        if report.best is not None:
+            self._client.set_registered_model_alias(name, "realigned", known[report.row(report.best).identity])
+
+    def _find(self, key: str) -> Run | None:
+        runs = self._client.search_runs([self._experiment], filter_string=f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+        return runs[0] if runs else None
+
+    def _create(self, key: str, name: str, tags: dict[str, str]) -> Run:
+        return self._client.create_run(self._experiment, run_name=name, tags={_KEY_TAG: key, **tags})
+
+    def _log_params(self, run: Run, params: dict[str, str]) -> None:
+        """A parameter can be set once; on a resumed run what is there already is the same."""
+        new = [Param(k, v[:_PARAM_CHARS]) for k, v in params.items() if k not in run.data.params]
+        self._client.log_batch(run.info.run_id, params=new)
+
+    def _log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
+        now = mlflow.utils.time.get_current_time_millis()
+        self._client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
+
+    def _text(self, run_id: str, name: str, text: str) -> None:
+        self._client.log_text(run_id, text, name)
+
+
+def _flat(value: dict[str, Json], prefix: str = "") -> dict[str, str]:
+    """{"fuse": {"scale": 0.3}} -> {"fuse.scale": "0.3"}, so that MLflow's compare view has a column for each."""
+    found: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            found |= _flat(dict(item), f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = item if isinstance(item, str) else json.dumps(item)
+    return found
