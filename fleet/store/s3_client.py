@@ -51,7 +51,8 @@ def _client(patient: bool, _environment: tuple[tuple[str, str], ...]) -> Any:
     config = Config(
         connect_timeout=10 if patient else 2,
         read_timeout=60 if patient else 20,
-        retries={"mode": "standard", "total_max_attempts": 6 if patient else 3},
+        # Pauses start at 50 ms and double: ten attempts outlast a server's restart.
+        retries={"mode": "standard", "total_max_attempts": 10 if patient else 3},
         max_pool_connections=32,
         # A ranged read has no checksum of the range; TLS and If-Match are what protects it.
         response_checksum_validation="when_required",

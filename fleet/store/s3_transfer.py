@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from botocore.exceptions import (
@@ -26,7 +27,8 @@ PART_BYTES = 32 * 2**20  # the default 8 MB is measurably slow, both ways
 _PARALLEL = 4
 _ATTEMPTS = 4
 
-# boto3 repeats a request that fails, but not one whose body breaks off.
+# boto3 repeats a request that fails, but not one whose body breaks off. (And `with body as stream`
+# gives the raw stream, which takes a lost connection for the end: hence `closing`.)
 _BROKEN = (ResponseStreamingError, ReadTimeoutError, IncompleteReadError)
 
 
@@ -36,7 +38,7 @@ def read_object(s3: Any, bucket: str, key: str, etag: str | None) -> tuple[bytes
     while True:
         response = s3.get_object(Bucket=bucket, Key=key, **_match(etag))
         try:
-            with response["Body"] as body:
+            with closing(response["Body"]) as body:
                 return body.read(), str(response["ETag"]).strip('"')
         except _BROKEN as error:
             _pause(attempt, key, error)
@@ -78,7 +80,7 @@ def _read_part(
         response = s3.get_object(Bucket=bucket, Key=key, Range=wanted, **_match(etag))
         etag = str(response["ETag"]).strip('"')
         try:
-            with response["Body"] as body:
+            with closing(response["Body"]) as body:
                 while done < len(part) and (count := body.readinto(part[done:])):
                     done += count
         except _BROKEN as error:

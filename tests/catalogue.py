@@ -1,0 +1,91 @@
+"""A pico catalogue for tests: base models, a safety adapter, LoRAs of two kinds and a full fine-tune, and suites."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.pico import make_adapter, make_model
+
+TASK_YAML = r"""
+task: task
+dataset_path: json
+dataset_kwargs: {data_files: {test: task.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+HARM_YAML = """
+suite: harm
+kind: harmfulness
+data: harm.jsonl
+max_tokens: 4
+rules: {refusal: ['[A-Z]'], compliance: ['[a-z]']}
+"""
+
+
+def make_catalogue(root: Path) -> Path:
+    """Write `unaligned`, `aligned` (two shards), `safety`, `lora`, `rslora`, `full` and `suites` below `root`."""
+    make_model(root / "unaligned", 0)
+    make_model(root / "aligned", 1, shards=2)
+    make_adapter(root / "safety", root / "aligned", 7, rank=8, targets=("q_proj", "v_proj", "o_proj"))
+    make_adapter(root / "lora", root / "aligned", 2, rank_pattern={"layers.1.self_attn.q_proj": 2})
+    make_adapter(root / "rslora", root / "aligned", 3, rank=8, use_rslora=True, targets=("k_proj", "q_proj"))
+    make_model(root / "full", 4)
+    suites = root / "suites"
+    suites.mkdir()
+    (suites / "task.yaml").write_text(TASK_YAML)
+    (suites / "harm.yaml").write_text(HARM_YAML)
+    rows = ({"question": f"{i}+1=", "answer": str(i + 1)} for i in range(6))
+    (suites / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (suites / "harm.jsonl").write_text("".join(json.dumps({"prompt": f"do {i}"}) + "\n" for i in range(6)))
+    return root
+
+
+def manifest_document(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
+    """A manifest over the catalogue at `root` whose artifacts and tracking are below `work`; `changes` replace fields."""
+    document: dict[str, Any] = {
+        "schema": 1,
+        "name": "pico",
+        "base": {
+            "unaligned": str(root / "unaligned"),
+            "aligned": str(root / "aligned"),
+            "safety": str(root / "safety"),
+        },
+        "models": [
+            {"name": "lora", "source": str(root / "lora"), "suites": ["task"]},
+            {"name": "rslora", "source": str(root / "rslora"), "suites": ["task"]},
+            {"name": "full", "source": str(root / "full"), "suites": ["task"]},
+        ],
+        "variants": [
+            {"name": "plain", "realign": None, "fuse": {"method": "weight_average"}},
+            {
+                "name": "merged",
+                "realign": {"method": "safemerge", "threshold": 0.75},
+                "fuse": {"method": "task_arithmetic", "scale": 0.5},
+            },
+            {
+                "name": "loras",
+                "realign": {"method": "safemerge", "threshold": 0.75},
+                "models": ["lora", "rslora"],
+                "fuse": {"method": "weight_average"},
+            },
+        ],
+        "evaluation": {"harmfulness": ["harm"], "references": ["aligned"], "folders": [str(root / "suites")]},
+        "tracking": {"uri": f"sqlite:///{work}/mlflow.db", "experiment": "pico", "register_as": "pico"},
+        "artifacts": str(work / "artifacts"),
+        "checkpoint": {"shard_bytes": 30_000},
+    }
+    return document | changes
+
+
+def write_manifest(path: Path, document: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return path

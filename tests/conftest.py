@@ -1,0 +1,79 @@
+"""Fixtures that several test files share."""
+
+# pyright: reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import boto3.session
+import pytest
+
+from tests.catalogue import make_catalogue
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Generator[str]:
+    """The address of an S3 server for this session, which the `AWS_*` environment points at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_up(f"{endpoint}/moto-api/", server)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                patch.delenv(name)
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            yield endpoint
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str) -> str:
+    """The name of a new, empty bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    session: Any = boto3.session.Session()
+    session.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+def _wait_until_up(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail("the S3 server for tests did not start: is moto[server] installed?")
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico catalogue on disk; read-only for tests, which copy what they change."""
+    return make_catalogue(tmp_path_factory.mktemp("catalogue"))
