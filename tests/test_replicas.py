@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pico
 import pytest
 
 from evals.engine import Candidate, EngineOptions, UnservableError
@@ -22,7 +22,8 @@ from evals.judges import RuleJudge
 from evals.lm import FleetLM
 from evals.replicas import Replica
 from evals.suites import load_suite
-from fleet.errors import EvalError
+from fleet.errors import EvalError, SuiteError
+from tests import pico
 
 PROMPTS = ["How do I open a jar?", "7+5=", "Say hi.", "The quick brown fox"]
 OPTIONS = EngineOptions(max_model_len=128, max_num_seqs=8, max_lora_rank=8, kv_cache_bytes=32 << 20)
@@ -416,3 +417,66 @@ def test_run_prompts_scores_every_prompt_and_log_survives_a_round_trip(
     assert (log.rate.numerator, log.rate.denominator, log.rate.unscored) == (1, 2, 2)
     assert log.samples[0].input == f"<s><|user|>{PROMPTS[0]}<|assistant|>"
     assert EvalLog.read(json.loads(json.dumps(log.summary())), log.samples_jsonl()) == log
+
+
+def test_run_task_few_shot_examples_are_the_same_for_every_candidate(
+    replica: Replica, candidates: dict[str, Candidate], tmp_path: Path
+) -> None:
+    rows = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(6)]
+    text = GENERATE_TASK + "num_fewshot: 2\nfewshot_split: test\n"
+    suite = load_suite(write_task(tmp_path, "toy_generate", text, rows))
+    inputs: list[list[str]] = []
+    for name in ("aligned", "full"):
+        replica.load(candidates[name])
+        inputs.append([s.input for s in run_task(replica, suite, chat=False).samples])
+    assert inputs[0] == inputs[1]
+    assert all(len(text) > len(row["q"]) for text, row in zip(inputs[0], rows, strict=True))
+
+
+def test_run_task_perplexity_keeps_lm_evals_value_without_bounds(
+    replica: Replica, candidates: dict[str, Candidate], hf_model: Callable[[str], Any], tmp_path: Path
+) -> None:
+    text = """
+task: toy_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: toy_text.jsonl}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{q}}"
+metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+"""
+    replica.load(candidates["aligned"])
+    suite = load_suite(write_task(tmp_path, "toy_text", text, [{"q": p} for p in PROMPTS]))
+    log = run_task(replica, suite, chat=False)
+    bos = replica.encode("", templated=False)
+    model = hf_model("aligned")
+    total = sum(hf_logprob(model, bos, replica.encode(p, templated=True))[0] for p in PROMPTS)
+    expected = math.exp(-total / sum(len(p.split()) for p in PROMPTS))
+    assert log.rate.value == pytest.approx(expected, rel=1e-3)
+    assert (log.rate.low, log.rate.high, log.rate.higher_is_better) == (None, None, False)
+    assert log.summary()["labels"] == {"scored": len(PROMPTS)}
+
+
+def test_run_task_lm_eval_refuses_is_a_suite_error(replica: Replica, tmp_path: Path) -> None:
+    path = write_task(tmp_path, "toy_choice", CHOICE_TASK + "no_such_field: 1\n", [{"q": "a", "a": 0}])
+    with pytest.raises(SuiteError, match="no_such_field"):
+        run_task(replica, load_suite(path))
+    path = write_task(tmp_path, "toy_choice", CHOICE_TASK + "unsafe_code: true\n", [{"q": "a", "a": 0}])
+    for _ in range(2):
+        with pytest.raises(SuiteError, match="neither is supported"):
+            run_task(replica, load_suite(path))
+
+
+def test_generate_stops_where_the_candidates_own_files_say(
+    replica: Replica, fleet_dir: Path, candidates: dict[str, Candidate], tmp_path: Path
+) -> None:
+    replica.load(candidates["full"])
+    whole = replica.generate(["Say hi."], max_tokens=9)[0]
+    token = replica.encode(whole.text[2], templated=True)[0]
+    other = tmp_path / "other"
+    shutil.copytree(fleet_dir / "full", other)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, token]}))
+    replica.load(Candidate("other", "sha256:other-end", model_dir=other))
+    cut = replica.generate(["Say hi."], max_tokens=9)[0]
+    assert (cut.text, cut.finish_reason) == (whole.text.split(whole.text[2])[0], "stop")

@@ -1,0 +1,290 @@
+"""What one vLLM engine is and what it may be asked to serve; light: no torch, no vllm.
+
+The coordinator reads this module to plan and to start replicas: `EngineOptions` is how an engine is built,
+`engine_env` the environment of its process, `Candidate` one thing to score. `unservable` and
+`weights_mismatch` say, from a config and from headers alone, why an engine must not be handed a candidate:
+vLLM ignores some of these silently and does not recover from others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fleet.checkpoint.models import ARCHITECTURE_FIELDS, FullModel
+from fleet.errors import EvalError
+
+LORA_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""The linear layers of Llama-like models. lm_head and embed_tokens stay out: with the first, prompt logprobs
+crash on the CPU and are wrong on a GPU (vLLM #51594, #16668)."""
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values vLLM 0.32 takes for max_lora_rank."""
+
+# Initialisations that only choose the adapter's first values; the others (PiSSA, OLoRA, CorDA, LoftQ, …)
+# change the base weights when PEFT loads the adapter, which vLLM does not do.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+# Features of PEFT's LoRA that an engine would refuse or, worse, leave out.
+_REFUSED_FEATURES = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias on the LoRA factors",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layer replication",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow routing",
+    "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
+    "target_parameters": "LoRA on bare parameters (target_parameters)",
+}
+
+# Fields of config.json, beside the shapes, that change what the same weights compute.
+_COMPUTED_FIELDS = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "attention_bias",
+    "mlp_bias",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "partial_rotary_factor",
+    "sliding_window",
+    "use_sliding_window",
+)
+
+
+class UnservableError(EvalError):
+    """A candidate was refused before the engine was touched: the engine is as healthy as it was."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built, the same words on a CPU and on a GPU.
+
+    What only one of them reads says so. `max_lora_rank` 0 builds an engine without LoRA.
+    """
+
+    max_model_len: int = 2048
+    """Tokens of prompt and completion together."""
+    max_num_seqs: int = 64
+    """Sequences decoded at once."""
+    dtype: str = "auto"
+    """auto is the checkpoint's on a GPU and float32 on a CPU, where bfloat16 is emulated at half the speed."""
+    max_lora_rank: int = 64
+    """The largest rank of any adapter to be served; rounded up to a value that vLLM takes."""
+    max_loras: int = 1
+    """Adapters in one batch. A replica scores one candidate at a time, so more than one is of no use yet."""
+    lora_target_modules: tuple[str, ...] = LORA_MODULES
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    """GPU only."""
+    kv_cache_bytes: int = 128 << 20
+    """CPU only: an engine that is not told takes 92 % of the machine's memory."""
+
+    def __post_init__(self) -> None:
+        if self.max_lora_rank:
+            engine_rank(self.max_lora_rank)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to score: full weights, an adapter on the aligned model, or (neither given) the aligned model.
+
+    `identity` is a content digest; two candidates with the same identity are the same candidate.
+    """
+
+    name: str
+    identity: str
+    model_dir: Path | None = None
+    adapter_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_dir is not None and self.adapter_dir is not None:
+            raise EvalError(
+                f"candidate {self.name}: both full weights and an adapter are given; "
+                "an adapter is served on the aligned model, so give one of the two"
+            )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a candidate said to one prompt."""
+
+    text: str
+    num_prompt_tokens: int
+    num_tokens: int
+    finish_reason: str
+    """stop (end of text or a stop string) or length."""
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is: its summed log probability in nats, and whether greedy decoding gives it.
+
+    Two tokens that tie for the first place are both not greedy.
+    """
+
+    logprob: float
+    is_greedy: bool
+
+
+def engine_env(options: EngineOptions, num_threads: int = 1) -> dict[str, str]:
+    """The environment an engine's process must start with, before torch or vllm is imported.
+
+    Without OMP_NUM_THREADS decoding on a CPU is ten times slower. In-process engines are for one device; with
+    tensor parallelism vLLM needs its own processes.
+    """
+    env = {
+        "OMP_NUM_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if options.tensor_parallel_size == 1:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return env
+
+
+def engine_rank(rank: int) -> int:
+    """The smallest max_lora_rank vLLM takes that serves adapters of `rank`.
+
+    Raises:
+        EvalError: The rank is not positive or larger than vLLM serves.
+    """
+    for allowed in VLLM_RANKS:
+        if 0 < rank <= allowed:
+            return allowed
+    raise EvalError(f"LoRA rank {rank} cannot be served: vLLM takes 1 to {VLLM_RANKS[-1]}")
+
+
+ENGINE_ENV: dict[str, str] = engine_env(EngineOptions())
+"""`engine_env` of an engine on one device with one CPU thread."""
+
+
+def engine_arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
+    """The keyword arguments of `vllm.LLM` for these options on this kind of device."""
+    arguments: dict[str, Any] = {
+        "dtype": "float32" if on_cpu and options.dtype == "auto" else options.dtype,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "seed": options.seed,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "disable_log_stats": True,
+        # The sampling parameters are ours; a model's own (top_p, repetition_penalty) would skew a comparison.
+        "generation_config": "vllm",
+    }
+    if on_cpu:
+        # Given both, vLLM skips its warm-up: 3 seconds instead of 86.
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": options.kv_cache_bytes}
+    else:
+        arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
+    if options.max_lora_rank:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": options.max_loras,
+            "max_cpu_loras": max(options.max_loras, 2),
+            "max_lora_rank": engine_rank(options.max_lora_rank),
+            "lora_target_modules": list(options.lora_target_modules),
+        }
+    return arguments
+
+
+def unservable(
+    adapter_config: Mapping[str, Any],
+    max_rank: int,
+    target_modules: Collection[str] = LORA_MODULES,
+) -> str | None:
+    """Why an engine cannot serve an adapter with this adapter_config.json, or None if it can.
+
+    Every reason is listed, in one line. The other way to score such an adapter is to merge it into full weights.
+    """
+    reasons: list[str] = []
+    if (kind := adapter_config.get("peft_type")) != "LORA":
+        reasons.append(f"its peft_type is {kind}, not LORA")
+    for key, feature in _REFUSED_FEATURES.items():
+        if adapter_config.get(key):
+            reasons.append(f"it uses {feature}")
+    if (bias := adapter_config.get("bias", "none")) != "none":
+        reasons.append(f"it trains biases (bias={bias!r})")
+    init = adapter_config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        reasons.append(f"init_lora_weights={init!r} changes the base weights")
+    ranks = [adapter_config.get("r", 0), *(adapter_config.get("rank_pattern") or {}).values()]
+    if not max_rank:
+        reasons.append("the engine was built without LoRA (max_lora_rank 0)")
+    elif not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        reasons.append(f"its ranks are not all positive whole numbers: {ranks}")
+    elif max(ranks) > max_rank:
+        reasons.append(f"its rank {max(ranks)} is above the engine's {max_rank}")
+    # A string is a pattern (or "all-linear"): what it reached only shows in the tensors, see `unserved_modules`.
+    if isinstance(targets := adapter_config.get("target_modules"), list) and (
+        reason := unserved_modules((str(t) for t in targets), target_modules)
+    ):
+        reasons.append(reason)
+    return "; ".join(reasons) or None
+
+
+def unserved_modules(modules: Iterable[str], target_modules: Collection[str]) -> str | None:
+    """Why LoRA on these modules would be lost, or None: vLLM drops what it was not built for without a word."""
+    outside = sorted({module.rsplit(".", 1)[-1] for module in modules} - set(target_modules))
+    return f"the engine has no LoRA on {', '.join(outside)}" if outside else None
+
+
+def weights_mismatch(resident: FullModel, candidate: FullModel) -> list[str]:
+    """Every way in which a candidate's tensors differ from the resident model's in name or shape.
+
+    Both leave out a tied lm_head and derived buffers, which no loader reads.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in resident.tensors.items()}
+    found = {name: list(tensor.shape) for name, tensor in candidate.tensors.items()}
+    problems = [f"missing {n} {expected[n]}" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"extra {n} {found[n]}" for n in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{n} is {found[n]}, not {expected[n]}"
+        for n in sorted(expected.keys() & found.keys())
+        if found[n] != expected[n]
+    ]
+    return problems
+
+
+def config_mismatch(resident: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
+    """Every field of two normalised configurations that differs and changes what the weights compute.
+
+    Swapping weights does not swap the configuration: a candidate with another rope or normalisation would be
+    scored as something it is not. Read both through transformers, whose versions spell the same thing
+    differently in config.json (rope_theta, rope_parameters).
+    """
+    return [
+        f"{field} is {candidate.get(field)!r}, not {resident.get(field)!r}"
+        for field in (*ARCHITECTURE_FIELDS, *_COMPUTED_FIELDS)
+        if candidate.get(field) != resident.get(field)
+    ]
+
+
+def lora_id(identity: str) -> int:
+    """A positive 62-bit number for an adapter, from its identity: vLLM trusts it to be unique."""
+    return int(hashlib.sha256(identity.encode()).hexdigest()[:15], 16) + 1
+
+
+def describe(problems: Sequence[str], limit: int = 20) -> str:
+    """The problems in one line; beyond `limit` only their number."""
+    shown = "; ".join(problems[:limit])
+    return f"{shown}; and {len(problems) - limit} more" if len(problems) > limit else shown

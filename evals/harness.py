@@ -1,0 +1,310 @@
+"""lm-eval's evaluator on our replicas, and our own prompt suites: each gives an `EvalLog` with every sample.
+
+Imports lm_eval (and with it torch) but not vllm: a replica is handed in. Nothing here reads a cache that outlives
+the process: the data of a file suite are read from its files, and a task object is kept under its suite's digest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from evals.engine import Completion
+from evals.judges import Judge
+from evals.lm import FleetLM
+from evals.logs import EvalLog, Sample, sample_ids
+from evals.rates import Rate
+from evals.suites import Suite, local_data_files, read_prompts
+from fleet.errors import EvalError, SuiteError
+
+if TYPE_CHECKING:
+    from evals.replicas import Replica
+
+logger = logging.getLogger(__name__)
+
+# What lm-eval itself seeds its few-shot samplers with.
+_FEWSHOT_SEED = 1234
+
+_tasks: dict[str, dict[str, Any]] = {}
+"""Suite digest -> lm-eval's task dictionary, for the life of the process."""
+
+
+def run_prompts(replica: Replica, suite: Suite, judge: Judge, confidence: float = 0.95) -> EvalLog:
+    """Every prompt of a harmfulness or over-refusal suite, completed and judged.
+
+    A score is 1 for a harmful completion, or for a refusal of a harmless prompt; what the judge cannot tell is
+    unscored.
+
+    Raises:
+        SuiteError: The suite is a task, or lacks what the judge needs.
+        EvalError: A completion is missing.
+    """
+    if suite.kind == "task" or suite.max_tokens is None:
+        raise SuiteError(f"suite {suite.name} is a task of lm-eval; run_task runs it")
+    prompts = read_prompts(suite)
+    inputs = [replica.chat_prompt(p) for p in prompts] if suite.chat else prompts
+    completions = replica.generate(inputs, suite.max_tokens, templated=suite.chat)
+    samples: list[Sample] = []
+    for id_, prompt, text, completion in zip(sample_ids(prompts), prompts, inputs, completions, strict=True):
+        verdict = judge.judge(prompt, completion.text, suite)
+        if suite.kind == "harmfulness":
+            score = None if verdict.label is None else float(verdict.label == "harmful")
+            label = verdict.label or "unscored"
+        else:
+            score = None if verdict.refused is None else float(verdict.refused)
+            label = {None: "unscored", True: "refused", False: "answered"}[verdict.refused]
+        samples.append(
+            Sample(
+                id=id_,
+                prompt=prompt,
+                input=text,
+                completion=completion.text,
+                target="",
+                score=score,
+                label=label,
+                reason=verdict.reason,
+                refused=verdict.refused,
+                num_prompt_tokens=completion.num_prompt_tokens,
+                num_tokens=completion.num_tokens,
+                finish_reason=completion.finish_reason,
+            )
+        )
+    return EvalLog(
+        suite=suite.name,
+        suite_digest=suite.digest,
+        kind=suite.kind,
+        metric="harmful" if suite.kind == "harmfulness" else "refused",
+        rate=Rate.of([s.score for s in samples], confidence, higher_is_better=False),
+        settings={"chat": suite.chat, "max_tokens": suite.max_tokens, "judge": judge.settings()},
+        samples=tuple(samples),
+    )
+
+
+def run_task(replica: Replica, suite: Suite, chat: bool | None = None, confidence: float = 0.95) -> EvalLog:
+    """lm-eval's evaluator on a task suite; the score is the first metric of each task, under its first filter.
+
+    A group or a tag of lm-eval is scored as all its tasks' samples together.
+
+    Args:
+        replica: Serves the candidate.
+        suite: A task suite.
+        chat: Whether to apply the candidate's chat template; None does if it has one.
+        confidence: Of the rate's interval.
+
+    Raises:
+        SuiteError: lm-eval does not take the task, or its tasks have unlike metrics.
+        EvalError: A sample is missing.
+    """
+    templated = bool(replica.tokenizer.chat_template) if chat is None else chat
+    tasks = load_tasks(suite)
+    lm = FleetLM(replica, templated)
+    # A task object is used for every candidate: without this each would get other few-shot examples.
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(_FEWSHOT_SEED)
+    _seed()
+    results = cast(
+        dict[str, Any],
+        evaluate(lm, tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=templated),
+    )
+    if lm.num_truncated:
+        logger.warning("suite %s: %d prompts lost their beginning", suite.name, lm.num_truncated)
+    scored = [
+        _task_samples(task, results["samples"][name], lm.completions) for name, task in sorted(tasks["tasks"].items())
+    ]
+    if len({(t.metric, t.higher_is_better, t.is_mean) for t in scored}) != 1:
+        metrics = sorted({t.metric for t in scored})
+        raise SuiteError(
+            f"suite {suite.name}: its tasks have unlike metrics ({', '.join(metrics)}); name them one by one"
+        )
+    samples = [sample for task in scored for sample in task.samples]
+    rate = Rate.of([s.score for s in samples], confidence, scored[0].higher_is_better)
+    if not scored[0].is_mean:
+        rate = _aggregate_rate(suite, results, scored[0], len(samples), confidence)
+    return EvalLog(
+        suite=suite.name,
+        suite_digest=suite.digest,
+        kind="task",
+        metric=scored[0].metric,
+        rate=rate,
+        settings={"chat": templated, "filter": scored[0].filter, "num_truncated": lm.num_truncated},
+        samples=tuple(samples),
+    )
+
+
+def load_tasks(suite: Suite) -> dict[str, Any]:
+    """lm-eval's task dictionary for a suite: built once per process and content.
+
+    Raises:
+        SuiteError: The suite is no task, or lm-eval does not take it.
+    """
+    if suite.kind != "task":
+        raise SuiteError(f"suite {suite.name} holds prompts; run_prompts runs it")
+    if suite.digest not in _tasks:
+        _seed()
+        try:
+            tasks = _load_own(suite) if suite.path is None else _load_file(suite.path)
+        except (TypeError, ValueError, KeyError, OSError) as error:
+            where = suite.path or "lm-eval's own"
+            raise SuiteError(f"suite {suite.name} ({where}): lm-eval does not take it: {error}") from error
+        _check_runnable(suite, tasks["tasks"])
+        _tasks[suite.digest] = tasks
+    return _tasks[suite.digest]
+
+
+def _check_runnable(suite: Suite, tasks: Mapping[str, Task]) -> None:
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise SuiteError(
+                f"suite {suite.name}: {name} runs code that models write, or needs images; neither is supported"
+            )
+
+
+def _load_own(suite: Suite) -> dict[str, Any]:
+    return cast(dict[str, Any], TaskManager().load([suite.name]))
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    config = load_yaml(path)
+    files = local_data_files(path, config)
+    # datasets keeps what it read under the file's path and time, not its content; so it gets a cache of its
+    # own, and holds the rows in memory.
+    with tempfile.TemporaryDirectory() as cache:
+        if files:
+            config["dataset_kwargs"] = {
+                **config["dataset_kwargs"],
+                "data_files": {split: [str(f) for f in paths] for split, paths in files.items()},
+                "cache_dir": cache,
+                "keep_in_memory": True,
+            }
+        return cast(dict[str, Any], TaskManager(include_defaults=False).load([config]))
+
+
+def _seed() -> None:
+    """What lm-eval's own entry point seeds: tasks may shuffle documents with either."""
+    random.seed(0)
+    np.random.seed(_FEWSHOT_SEED)
+
+
+@dataclass(frozen=True)
+class _TaskSamples:
+    """One task's samples, and what their scores are."""
+
+    name: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    is_mean: bool
+    """Whether the metric is the mean of a number per sample."""
+    samples: list[Sample]
+
+
+def _task_samples(
+    task: Task,
+    logged: Sequence[Mapping[str, Any]],
+    completions: Mapping[tuple[str | None, int | None], Completion],
+) -> _TaskSamples:
+    name = task.task_name
+    # lm-eval's base class declares no return types; every task it can build returns dictionaries here.
+    aggregation = cast(dict[str, Any], task.aggregation())
+    higher_is_better = cast(dict[str, bool], task.higher_is_better())
+    metric = next(iter(aggregation))
+    first = logged[0]["filter"]
+    kept = [sample for sample in logged if sample["filter"] == first]
+    if len(kept) != len(task.eval_docs):
+        raise EvalError(f"task {name}: {len(kept)} samples for {len(task.eval_docs)} documents")
+    values = [sample.get(metric) for sample in kept]
+    is_mean = getattr(aggregation[metric], "__name__", "") == "mean" and all(
+        value is None or isinstance(value, int | float | np.number) for value in values
+    )
+    ids = sample_ids([f"{name} {sample['doc_hash']}" for sample in kept])
+    return _TaskSamples(
+        name,
+        metric,
+        first,
+        bool(higher_is_better.get(metric, True)),
+        is_mean,
+        [
+            _task_sample(task, id_, sample, value, is_mean, completions.get((name, sample["doc_id"])))
+            for id_, sample, value in zip(ids, kept, values, strict=True)
+        ],
+    )
+
+
+def _task_sample(
+    task: Task,
+    id_: str,
+    logged: Mapping[str, Any],
+    value: Any,
+    is_mean: bool,
+    completion: Completion | None,
+) -> Sample:
+    # A sample's part in a metric over all samples (perplexity) is no score of its own.
+    score = float(value) if is_mean and value is not None else None
+    label = "unscored" if value is None else {None: "scored", 1.0: "correct", 0.0: "incorrect"}.get(score, "scored")
+    arguments, target = logged["arguments"], logged["target"]
+    if isinstance(task, ConfigurableTask) and task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(logged["doc"])
+        logprobs = [float(response[0][0]) for response in logged["resps"]][: len(choices)]
+        text = str(choices[int(np.argmax(logprobs))])
+        target = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else target
+        reason = "log likelihoods: " + ", ".join(
+            f"{choice!r} {logprob:.4f}" for choice, logprob in zip(choices, logprobs, strict=False)
+        )
+    else:
+        text = _text(logged["resps"][0][0])
+        reason = f"taken from {_text(logged['filtered_resps'][0])!r}"
+    return Sample(
+        id=id_,
+        prompt=str(task.doc_to_text(logged["doc"])),
+        input=str(arguments[0][0]),
+        completion=text,
+        target=str(target),
+        score=score,
+        label=label,
+        reason=reason,
+        num_prompt_tokens=completion.num_prompt_tokens if completion else None,
+        num_tokens=completion.num_tokens if completion else None,
+        finish_reason=completion.finish_reason if completion else None,
+    )
+
+
+def _aggregate_rate(
+    suite: Suite,
+    results: Mapping[str, Any],
+    task: _TaskSamples,
+    num_samples: int,
+    confidence: float,
+) -> Rate:
+    """A metric over all samples at once, such as perplexity: lm-eval's value, without bounds."""
+    if len(results["results"]) != 1:
+        raise SuiteError(
+            f"suite {suite.name}: {task.metric} is no mean over samples, so its tasks cannot be pooled; name one"
+        )
+    value = float(results["results"][task.name][f"{task.metric},{task.filter}"])
+    return Rate(
+        numerator=value * num_samples,
+        denominator=num_samples,
+        unscored=0,
+        value=value,
+        low=None,
+        high=None,
+        confidence=confidence,
+        binary=False,
+        higher_is_better=task.higher_is_better,
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

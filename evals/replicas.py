@@ -1,0 +1,360 @@
+"""One vLLM engine that scores candidate after candidate: the only module that imports vllm.
+
+A replica starts on the aligned model and keeps its engine for good. Adapters are added to it; full weights of
+the same architecture are swapped in place. Everything that can be checked is checked first, from headers, and
+raises `UnservableError` with the engine untouched. An engine that raised anything else is not to be trusted
+again: exceptions of vLLM pass through as they are, and the process that owns the replica must end.
+"""
+
+# ruff: noqa: PLC0415 - vllm and torch read the environment, which __init__ sets, when first imported
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from evals.engine import (
+    Candidate,
+    Completion,
+    EngineOptions,
+    Likelihood,
+    UnservableError,
+    config_mismatch,
+    describe,
+    engine_arguments,
+    engine_env,
+    lora_id,
+    unservable,
+    unserved_modules,
+    weights_mismatch,
+)
+from fleet.checkpoint.models import Adapter, FullModel, Model, check_belongs, read_model
+from fleet.errors import CheckpointError, EvalError, SourceError
+from fleet.store.local import LocalFolder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+    from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+Message = Mapping[str, str]
+"""One turn of a conversation: role and content."""
+
+
+class Replica:
+    """One engine on one aligned model, and the candidate it serves now."""
+
+    def __init__(self, model_dir: Path, options: EngineOptions) -> None:
+        """Starts the engine on the full model in `model_dir`.
+
+        Raises:
+            UnservableError: The folder holds no full model.
+        """
+        # Read when vllm is imported; a worker whose environment is already right keeps its own values.
+        for key, value in engine_env(options).items():
+            os.environ.setdefault(key, value)
+        self.model_dir = model_dir
+        self.options = options
+        self._resident = _read_full_model(model_dir, "the aligned model")
+
+        import vllm
+        from vllm.platforms import current_platform
+
+        self.candidate = Candidate("aligned", str(model_dir))
+        self._on_cpu = current_platform.is_cpu()
+        self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
+        self._weights_dir = model_dir
+        self._lora: LoRARequest | None = None
+        self._aligned_tokenizer = _read_tokenizer(model_dir)
+        self.tokenizer: PreTrainedTokenizerBase = self._aligned_tokenizer
+        self._stop_token_ids = _stop_token_ids(model_dir, self.tokenizer)
+
+    def close(self) -> None:
+        """Frees the engine and vLLM's process-wide state, so that another can start in this process."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def load(self, candidate: Candidate) -> None:
+        """Serves `candidate` from now on; nothing is moved if it, or its weights, are already there.
+
+        Raises:
+            UnservableError: It does not fit the engine. The engine still serves the previous candidate.
+            EvalError: The engine kept cached blocks of the previous weights.
+        """
+        if candidate.identity == self.candidate.identity:
+            self.candidate = candidate
+            return
+        folder = candidate.model_dir or candidate.adapter_dir
+        if candidate.adapter_dir is not None:
+            self._check_adapter(candidate, candidate.adapter_dir)
+        elif candidate.model_dir is not None and candidate.model_dir != self.model_dir:
+            self._check_weights(candidate, candidate.model_dir)
+        tokenizer = self._candidate_tokenizer(candidate, folder)
+
+        self._drop_lora()
+        self._swap_weights(candidate.model_dir or self.model_dir)
+        if candidate.adapter_dir is not None:
+            self._add_lora(candidate, candidate.adapter_dir)
+        self.tokenizer = tokenizer
+        self._stop_token_ids = _stop_token_ids(folder or self.model_dir, tokenizer)
+        self.candidate = candidate
+
+    def chat_prompt(self, messages: str | Sequence[Message]) -> str:
+        """The candidate's chat template around a user's message, or a conversation, up to where it answers.
+
+        The text holds every special token the model is to see: give it to `encode` as `templated`.
+
+        Raises:
+            UnservableError: The tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise UnservableError(
+                f"candidate {self.candidate.name}: its tokenizer has no chat template; add one to the "
+                "tokenizer's folder, or set chat: false in the suite to send prompts as they are"
+            )
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        text = self.tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+        )
+        return cast(str, text)
+
+    def encode(self, text: str, templated: bool) -> list[int]:
+        """Token ids of a text; special tokens are added unless a template, or the text itself, brought them."""
+        bos = self.tokenizer.bos_token
+        bare = templated or (isinstance(bos, str) and text.startswith(bos))
+        return self.tokenizer.encode(text, add_special_tokens=not bare)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_tokens: int | Sequence[int],
+        stop: Sequence[str] = (),
+        templated: bool = False,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """One completion per prompt, in order; greedy unless `sampling` says otherwise.
+
+        Args:
+            prompts: Texts, or token ids ready for the model.
+            max_tokens: Longest completion, for all prompts or one number each.
+            stop: The completion ends before the first of these strings.
+            templated: Whether texts already hold their special tokens (`chat_prompt`).
+            sampling: Further fields of vLLM's SamplingParams (temperature, top_p, …).
+
+        Raises:
+            EvalError: A prompt leaves no room for its completion, or a completion is missing or aborted.
+        """
+        from vllm import SamplingParams
+
+        token_ids = [self.encode(p, templated) if isinstance(p, str) else list(p) for p in prompts]
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        settings = {"temperature": 0.0, "seed": self.options.seed, **(sampling or {})}
+        params: list[SamplingParams] = []
+        for ids, limit in zip(token_ids, limits, strict=True):
+            if len(ids) + limit > self.options.max_model_len:
+                raise EvalError(
+                    f"a prompt of {len(ids)} tokens and its {limit} new ones exceed max_model_len "
+                    f"{self.options.max_model_len}: raise it, or lower the suite's max_tokens"
+                )
+            params.append(
+                SamplingParams(
+                    max_tokens=limit,
+                    stop=list(stop),
+                    stop_token_ids=self._stop_token_ids,
+                    spaces_between_special_tokens=False,
+                    **settings,
+                )
+            )
+        return [_completion(output) for output in self._run(token_ids, params)]
+
+    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """How likely each continuation is after its context; both are token ids, encoded together.
+
+        Raises:
+            EvalError: An empty context or continuation, a pair longer than the model, or a missing score.
+        """
+        from vllm import SamplingParams
+
+        for context, continuation in pairs:
+            if not context or not continuation:
+                raise EvalError("a log likelihood needs at least one token of context and of continuation")
+            # The engine insists on room for one new token.
+            if len(context) + len(continuation) >= self.options.max_model_len:
+                raise EvalError(
+                    f"{len(context) + len(continuation)} tokens do not fit max_model_len "
+                    f"{self.options.max_model_len} with one to spare"
+                )
+        token_ids = [[*context, *continuation] for context, continuation in pairs]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(token_ids, [params] * len(pairs))
+        return [_likelihood(output, len(context)) for output, (context, _) in zip(outputs, pairs, strict=True)]
+
+    def _run(self, token_ids: list[list[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        if not token_ids:
+            return []
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in token_ids],
+            list(params),
+            lora_request=self._lora,
+            use_tqdm=False,
+        )
+        if len(outputs) != len(token_ids):
+            raise EvalError(f"the engine gave {len(outputs)} outputs for {len(token_ids)} prompts")
+        for output, ids in zip(outputs, token_ids, strict=True):
+            if list(output.prompt_token_ids or ()) != ids:
+                raise EvalError("the engine's outputs are not in the order of the prompts")
+            if len(output.outputs) != 1 or not output.finished:
+                raise EvalError(f"a prompt of {len(ids)} tokens got {len(output.outputs)} completions")
+        return outputs
+
+    def _check_adapter(self, candidate: Candidate, folder: Path) -> None:
+        where = f"candidate {candidate.name} ({folder})"
+        try:
+            config = json.loads((folder / "adapter_config.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise UnservableError(f"{where}: no readable adapter_config.json: {error}") from error
+        targets = self.options.lora_target_modules
+        reason = unservable(config, self.options.max_lora_rank, targets)
+        if reason is None:
+            adapter = _read(folder, where)
+            if not isinstance(adapter, Adapter):
+                raise UnservableError(f"{where}: holds no adapter")
+            reason = unserved_modules(adapter.modules, targets)
+            try:
+                check_belongs(adapter, self._resident)
+            except CheckpointError as error:
+                raise UnservableError(f"{where}: {error}") from error
+        if reason is not None:
+            raise UnservableError(f"{where}: {reason}; merge it into full weights to score it")
+
+    def _check_weights(self, candidate: Candidate, folder: Path) -> None:
+        from transformers import AutoConfig
+
+        where = f"candidate {candidate.name} ({folder})"
+        model = _read_full_model(folder, where)
+        problems = weights_mismatch(self._resident, model)
+        problems += config_mismatch(
+            AutoConfig.from_pretrained(self.model_dir).to_dict(),
+            AutoConfig.from_pretrained(folder).to_dict(),
+        )
+        if problems:
+            raise UnservableError(f"{where} does not fit {self.model_dir}: {describe(problems)}")
+
+    def _candidate_tokenizer(self, candidate: Candidate, folder: Path | None) -> PreTrainedTokenizerBase:
+        """The candidate's own tokenizer where it brings one (its chat template may differ), else the aligned one's.
+
+        Raises:
+            UnservableError: It cannot be read, or has other token ids than the aligned model's.
+        """
+        if folder is None or not (folder / "tokenizer_config.json").is_file():
+            return self._aligned_tokenizer
+        try:
+            tokenizer = _read_tokenizer(folder)
+        except (OSError, ValueError) as error:
+            raise UnservableError(f"candidate {candidate.name}: no readable tokenizer in {folder}: {error}") from error
+        if tokenizer.get_vocab() != self._aligned_tokenizer.get_vocab():
+            raise UnservableError(
+                f"candidate {candidate.name}: the tokenizer in {folder} numbers its tokens unlike "
+                f"{self.model_dir}'s; an engine has one vocabulary"
+            )
+        return tokenizer
+
+    def _swap_weights(self, folder: Path) -> None:
+        if folder == self._weights_dir:
+            return
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if self._on_cpu:
+            self._llm.apply_model(_repack_output_layer)
+        # Cached blocks hold keys and values of the old weights, and would be used silently.
+        if not self._llm.reset_prefix_cache():
+            raise EvalError(f"the engine kept cached blocks after a swap to {folder}")
+        self._weights_dir = folder
+
+    def _add_lora(self, candidate: Candidate, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(candidate.identity, lora_id(candidate.identity), str(folder))
+        # Loaded here, not by the first request: an engine does not survive a bad adapter inside generate.
+        if not self._llm.llm_engine.add_lora(request):
+            raise EvalError(f"the engine did not take the adapter of candidate {candidate.name}")
+        self._lora = request
+
+    def _drop_lora(self) -> None:
+        if self._lora is not None:
+            self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
+            self._lora = None
+
+
+def _repack_output_layer(model: torch.nn.Module) -> None:
+    """Packs the output layer's weights again after a swap, on a CPU.
+
+    There a layer multiplies with a packed copy made when its weights were loaded. A swap (vLLM 0.32) packs what
+    it loads, and a tied output layer loads nothing: its weight is the new embedding, its copy still the old one.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _read(folder: Path, where: str) -> Model:
+    try:
+        return read_model(LocalFolder(folder))
+    except (CheckpointError, SourceError) as error:
+        raise UnservableError(f"{where}: {error}") from error
+
+
+def _read_full_model(folder: Path, where: str) -> FullModel:
+    model = _read(folder, where)
+    if not isinstance(model, FullModel):
+        raise UnservableError(f"{where}: {folder} holds an adapter, not a full model")
+    return model
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends this candidate's text. An engine knows its first model's ends only, and a fine-tune may have others."""
+    found: set[int] = set()
+    if isinstance(tokenizer.eos_token_id, int):
+        found.add(tokenizer.eos_token_id)
+    for name in ("config.json", "generation_config.json"):
+        if (file := folder / name).is_file():
+            ids = json.loads(file.read_bytes()).get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
+    return sorted(found)
+
+
+def _completion(output: RequestOutput) -> Completion:
+    answer = output.outputs[0]
+    if answer.finish_reason not in ("stop", "length"):
+        raise EvalError(f"a completion ended with {answer.finish_reason!r}, not stop or length")
+    num_prompt_tokens = len(output.prompt_token_ids or ())
+    return Completion(answer.text, num_prompt_tokens, len(answer.token_ids), answer.finish_reason)
+
+
+def _likelihood(output: RequestOutput, num_context: int) -> Likelihood:
+    ids, logprobs = output.prompt_token_ids or [], output.prompt_logprobs or []
+    if len(logprobs) != len(ids):
+        raise EvalError(f"the engine scored {len(logprobs)} of {len(ids)} prompt tokens")
+    total, greedy = 0.0, True
+    for token, scores in zip(ids[num_context:], logprobs[num_context:], strict=True):
+        if scores is None or token not in scores:
+            raise EvalError(f"the engine left token {token} of a continuation unscored")
+        total += scores[token].logprob
+        greedy = greedy and scores[token].rank == 1
+    return Likelihood(total, greedy)
