@@ -12,6 +12,7 @@ and write them to it. When something fails, what doesn't depend on it goes on.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import tempfile
@@ -24,10 +25,11 @@ from typing import Any
 import ray
 
 from evals.engine import LORA_MODULES, EngineOptions, engine_env
+from evals.suites import Suite
 from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.checkpoint.models import touched_tensors
 from fleet.errors import CheckpointError, InputError, StepFailedError
-from fleet.identity import Json
+from fleet.identity import KEY_DIGITS, Json
 from fleet.manifest import Placement
 from fleet.methods import ModuleStatistics
 from fleet.plan import Plan
@@ -57,6 +59,9 @@ SURVEY_GROUP_BYTES = 256 << 20
 
 DEFAULT_MAX_MODEL_LEN = 4096
 """Longest prompt and completion where neither the manifest nor the model says less, in tokens."""
+
+WORKER_ENV = {"OMP_NUM_THREADS": "1"}
+"""Environment of the tensor workers: there are as many of them as there are cores, so one thread each."""
 
 _WAIT_SECONDS = 0.5
 _SURVEY_PASS = "survey"
@@ -117,25 +122,41 @@ class _Active:
 def start_ray(address: str | None, placement: Placement) -> None:
     """Attach to the cluster at `address` (or the one this job runs on), or start a local Ray that fits the placement.
 
+    A process that is attached already stays where it is.
+
     Raises:
-        InputError: no such cluster, or it can't hold even one worker and one replica.
+        InputError: no such cluster, or this machine has not the GPUs one replica asks for.
     """
+    if ray.is_initialized():
+        return
     address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
         # CPUs are counted, not measured: the local Ray offers what the placement asks for, however few cores there are.
+        # "local", because Ray would else join whatever cluster it finds running on this machine.
         cpus = placement.workers * placement.worker_cpus + placement.replicas * placement.replica_cpus
-        ray.init(num_cpus=int(cpus + 0.999), include_dashboard=False, **quiet)
-    else:
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as e:
-            raise InputError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from e
-    offered = ray.cluster_resources()
-    if placement.replica_gpus > offered.get("GPU", 0) and address is None:
-        raise InputError(
-            f"placement.replica_gpus is {placement.replica_gpus}, but this machine has {offered.get('GPU', 0):g} GPUs"
-        )
+        ray.init("local", num_cpus=math.ceil(cpus), include_dashboard=False, **quiet)
+        if placement.replica_gpus > (gpus := ray.cluster_resources().get("GPU", 0)):
+            raise InputError(f"placement.replica_gpus is {placement.replica_gpus}, but this machine has {gpus:g} GPUs")
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as e:
+        raise InputError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from e
+    _warn_if_too_small(placement)
+
+
+def _warn_if_too_small(placement: Placement) -> None:
+    """An actor that fits no node waits without a word; an autoscaler may still bring such a node, so this is no error."""
+    wanted = {
+        "tensor worker": {"CPU": placement.worker_cpus, "memory": float(placement.worker_memory_bytes)},
+        "replica": {"CPU": placement.replica_cpus, "GPU": float(placement.replica_gpus)},
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for what, needs in wanted.items():
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in needs.items()) for node in nodes):
+            asked = ", ".join(f"{name} {amount:g}" for name, amount in needs.items() if amount)
+            logger.warning("no node has room for a %s (%s); waiting for the cluster to grow", what, asked)
 
 
 def engine_options(plan: Plan) -> EngineOptions:
@@ -155,7 +176,11 @@ def engine_options(plan: Plan) -> EngineOptions:
 
 
 def _tensor_pool(placement: Placement) -> Pool:
-    options: dict[str, Any] = {"num_cpus": placement.worker_cpus, "max_restarts": 0}
+    options: dict[str, Any] = {
+        "num_cpus": placement.worker_cpus,
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": WORKER_ENV},
+    }
     if placement.worker_memory_bytes:
         options["memory"] = placement.worker_memory_bytes
     actor_class = ray.remote(TensorWorker).options(**options)
@@ -196,12 +221,13 @@ class Coordinator:
         self._tensor_pool = _tensor_pool(plan.manifest.placement)
         self._scoring_pool = _scoring_pool(plan)
         self._survey = _SurveyPass()
+        self._suites: set[str] = set()
 
     def run(self) -> RunResult:
         """Walk the plan. Failures are in the result; only a broken store or cluster raises."""
         started = time.monotonic()
         if any(s.kind == "score" for s in self._waiting.values()):
-            self._scoring_pool.start()
+            self._scoring_pool.start(self._plan.manifest.placement.replicas)  # engines take a while to come up
         self._start_survey()
         try:
             while self._waiting or self._active or self._survey.active:
@@ -289,16 +315,27 @@ class Coordinator:
         ]
 
     def _score_unit(self, step: ScoreStep, attempt: str) -> ScoreUnit:
+        suite = step.suite
         return ScoreUnit(
             candidate=step.candidate,
             identity=identity_of(step.weights),
             weights=self._uri(step.weights),
             is_adapter=step.weights.is_adapter,
-            suite=step.suite,
+            suite=suite.path.name if suite.path else suite.name,
+            suite_folder=self._suite_folder(suite) if suite.path else None,
             judge=self._plan.manifest.evaluation.judge.model_dump(mode="json"),
             store=self._plan.store.uri,
             prefix=attempt_prefix(step, attempt),
         )
+
+    def _suite_folder(self, suite: Suite) -> str:
+        """Where workers find a suite's files, whatever node they are on; put there once per content."""
+        prefix = f"suites/{suite.digest.removeprefix('sha256:')[:KEY_DIGITS]}"
+        if prefix not in self._suites:
+            for name, data in suite.contents().items():
+                self._plan.store.create(f"{prefix}/{name}", data)
+            self._suites.add(prefix)
+        return self._plan.store.folder(prefix).uri
 
     def _uri(self, weights: Weights) -> str:
         """Where a source is, or where the step that makes the weights has left them."""
@@ -364,10 +401,8 @@ class Coordinator:
             time.sleep(_WAIT_SECONDS if any(p.busy for p in pools) else 0.0)
         for pool in pools:
             mine = set(pool.refs)
-            outcomes = [pool.settle(ref) for ref in ready if ref in mine]
-            for outcome in (*outcomes, *pool.reap()):
-                if outcome is not None:
-                    self._settle(outcome)
+            for outcome in (*(o for ref in ready if ref in mine for o in pool.settle(ref)), *pool.reap()):
+                self._settle(outcome)
         self._progress.tick(sum(p.num_running for p in pools))
 
     def _settle(self, outcome: Outcome) -> None:

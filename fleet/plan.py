@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.suites import Suite, load_suite
+from evals.suites import BUNDLED_SUITES, Suite, load_suite
 from fleet.checkpoint.models import Adapter, Model, check_belongs, read_model, require_full_model
 from fleet.errors import CheckpointError, ManifestError
 from fleet.identity import digest
@@ -112,7 +112,7 @@ def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
 
 def _load_suites(manifest: Manifest) -> dict[str, Suite]:
     evaluation = manifest.evaluation
-    folders = tuple(Path(f) for f in evaluation.folders)
+    folders = (*(Path(f) for f in evaluation.folders), BUNDLED_SUITES)
     wanted = [
         *((name, "harmfulness") for name in evaluation.harmfulness),
         *((name, "over_refusal") for name in evaluation.over_refusal),

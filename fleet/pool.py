@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from ray.actor import ActorClass, ActorHandle
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 from evals.engine import UnservableError
-from fleet.errors import FleetError, StepFailedError, StoreError
+from fleet.errors import FleetError, StepFailedError, StoreError, SuiteError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,12 @@ class Outcome:
 
 
 @dataclass
+class _Starting:
+    actor: ActorHandle
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass
 class _Running:
     task: Task
     actor: ActorHandle
@@ -59,20 +65,26 @@ class _Running:
 
 
 class Pool:
-    """Actors that are started when first needed, and replaced when they die.
+    """Actors that are started when there is work, given a unit once they are up, and replaced when they die.
+
+    An actor that no node has room for waits while the others work, so a cluster that shrank goes on with fewer.
 
     Args:
-        name: for messages. actor_class: the Ray class with its resources set. arguments: of its constructor. size:
-        how many actors at most. retries: how often a unit is tried again after its actor died, hung, or the store
-        failed. unit_timeout_seconds: a unit running longer is taken for hung. restart_on_error: an actor that raised
-        is not to be trusted again (a vLLM engine): it is replaced, and the unit is
-            tried once more.
+        name: for messages.
+        actor_class: the Ray class with its resources set; it has a method `ready`.
+        arguments: of its constructor.
+        size: how many actors at most.
+        retries: how often a unit is tried again after its actor died, hung, or the store failed; and how often an actor
+            that fails to start is started again.
+        unit_timeout_seconds: a unit running longer is taken for hung; so is a pool of which no actor starts.
+        restart_on_error: an actor that raised is not to be trusted again (a vLLM engine): it is replaced, and the unit
+            is tried once more.
     """
 
     def __init__(
         self,
         name: str,
-        actor_class: Callable[..., ActorHandle] | ActorClass[Any],
+        actor_class: ActorClass[Any],
         arguments: Sequence[Any],
         size: int,
         retries: int,
@@ -86,14 +98,16 @@ class Pool:
         self._retries = retries
         self._unit_timeout_seconds = unit_timeout_seconds
         self._restart_on_error = restart_on_error
-        self._idle: list[ActorHandle] = []
         self._queue: deque[Task] = deque()
+        self._starting: dict[Ref, _Starting] = {}
+        self._num_start_failures = 0
+        self._idle: list[ActorHandle] = []
         self._running: dict[Ref, _Running] = {}
 
     @property
     def refs(self) -> list[Ref]:
         """What is in flight, for `ray.wait`."""
-        return list(self._running)
+        return [*self._running, *self._starting]
 
     @property
     def busy(self) -> bool:
@@ -103,31 +117,52 @@ class Pool:
     def num_running(self) -> int:
         return len(self._running)
 
-    def start(self, count: int | None = None) -> None:
-        """Begin to start actors before there is work for them; engines take a while."""
-        while len(self._idle) + len(self._running) < min(self._size, count or self._size):
-            self._idle.append(self._new_actor())
+    def start(self, count: int) -> None:
+        """Start actors until there are `count`, or the pool is full."""
+        while len(self._starting) + len(self._idle) + len(self._running) < min(self._size, count):
+            actor = self._actor_class.remote(*self._arguments)
+            self._starting[actor.ready.remote()] = _Starting(actor)
 
     def submit(self, task: Task) -> None:
         self._queue.append(task)
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Hand queued tasks to idle actors, starting actors up to the pool's size."""
+        """Hand queued tasks to idle actors, and start actors for those that are left."""
         now = time.monotonic()
         for _ in range(len(self._queue)):
-            if not self._idle and len(self._running) >= self._size:
-                return
+            if not self._idle:
+                break
             task = self._queue.popleft()
             if task.not_before > now:
                 self._queue.append(task)
                 continue
-            actor = self._idle.pop() if self._idle else self._new_actor()
+            actor = self._idle.pop()
             ref = getattr(actor, task.method).remote(task.unit)
             self._running[ref] = _Running(task, actor)
+        if not self._idle:
+            self.start(len(self._queue) + len(self._running))
 
-    def settle(self, ref: Ref) -> Outcome | None:
-        """The outcome of a ref that is ready; None if its task went back to the queue."""
+    def settle(self, ref: Ref) -> list[Outcome]:
+        """What a ref that is ready brings: nothing if an actor came up, or if its task goes back to the queue."""
+        outcomes = self._settle_start(ref) if ref in self._starting else self._settle_task(ref)
+        self.dispatch()
+        return outcomes
+
+    def _settle_start(self, ref: Ref) -> list[Outcome]:
+        actor = self._starting.pop(ref).actor
+        try:
+            ray.get(ref)
+        except (RayActorError, WorkerCrashedError, RayTaskError) as e:
+            self._kill(actor)
+            self._num_start_failures += 1
+            logger.warning("%s: failed to start (%d): %s", self.name, self._num_start_failures, _summary(e))
+            return self._give_up(e) if self._num_start_failures > self._retries else []
+        self._num_start_failures = 0
+        self._idle.append(actor)
+        return []
+
+    def _settle_task(self, ref: Ref) -> list[Outcome]:
         running = self._running.pop(ref)
         task, seconds = running.task, time.monotonic() - running.started
         try:
@@ -135,55 +170,75 @@ class Pool:
         except RayTaskError as e:
             cause = e.cause if isinstance(e.cause, Exception) else e
             transient = isinstance(cause, StoreError)
-            if self._restart_on_error and not isinstance(cause, UnservableError):
+            if self._restart_on_error and not isinstance(cause, UnservableError | SuiteError):
                 self._kill(running.actor)
                 transient = transient or (not isinstance(cause, FleetError) and task.attempts == 0)
             else:
                 self._idle.append(running.actor)
-            return self._again(task, cause) if transient else Outcome(task, error=cause, seconds=seconds)
+            return self._again(task, cause) if transient else [Outcome(task, error=cause, seconds=seconds)]
         except (RayActorError, WorkerCrashedError) as e:
             self._kill(running.actor)
             return self._again(task, e)
         self._idle.append(running.actor)
-        self.dispatch()
-        return Outcome(task, value, seconds=seconds)
+        return [Outcome(task, value, seconds=seconds)]
 
     def reap(self) -> list[Outcome]:
-        """Take back what has hung; outcomes of those that have hung too often."""
+        """Take back what has hung; outcomes of those that have hung too often, or that nobody will ever do."""
         outcomes: list[Outcome] = []
+        now = time.monotonic()
         for ref, running in list(self._running.items()):
-            if time.monotonic() - running.started > self._unit_timeout_seconds:
+            if now - running.started > self._unit_timeout_seconds:
                 del self._running[ref]
                 self._kill(running.actor)
-                error = StepFailedError(
-                    f"no result within {self._unit_timeout_seconds:g} s, and its worker was killed; if the unit really "
-                    "needs longer, or no node offers what placement asks for, change placement"
+                outcomes += self._again(
+                    running.task,
+                    StepFailedError(
+                        f"no result within {self._unit_timeout_seconds:g} s, and its worker was killed; "
+                        "if the unit really needs longer, raise placement.unit_timeout_seconds"
+                    ),
                 )
-                outcome = self._again(running.task, error)
-                outcomes.extend([outcome] if outcome else [])
+        if self._starting and not self._idle and not self._running:
+            waited = now - min(s.started for s in self._starting.values())
+            if waited > self._unit_timeout_seconds:
+                outcomes += self._give_up(
+                    StepFailedError(
+                        f"no {self.name} came up within {waited:.0f} s: no node has room for what placement asks"
+                    )
+                )
         self.dispatch()
         return outcomes
 
     def close(self) -> None:
         """Stop every actor."""
-        for actor in (*self._idle, *(r.actor for r in self._running.values())):
+        running = (r.actor for r in self._running.values())
+        for actor in (*self._idle, *running, *(s.actor for s in self._starting.values())):
             self._kill(actor)
+        self._queue.clear()
+        self._starting.clear()
         self._idle.clear()
         self._running.clear()
-        self._queue.clear()
 
-    def _again(self, task: Task, error: Exception) -> Outcome | None:
+    def _give_up(self, error: Exception) -> list[Outcome]:
+        """Nothing that waits will ever be done."""
+        outcomes = [Outcome(task, error=error) for task in self._queue]
+        self._queue.clear()
+        return outcomes
+
+    def _again(self, task: Task, error: Exception) -> list[Outcome]:
         task.attempts += 1
         if task.attempts > self._retries:
-            return Outcome(task, error=error)
+            return [Outcome(task, error=error)]
         task.not_before = time.monotonic() + _BACKOFF_SECONDS * 2 ** (task.attempts - 1)
-        first_line = str(error).strip().split("\n")[0]
-        logger.warning("%s: retry %d of %d: %s: %s", self.name, task.attempts, self._retries, task.key[0], first_line)
+        logger.warning(
+            "%s: retry %d of %d: %s: %s", self.name, task.attempts, self._retries, task.key[0], _summary(error)
+        )
         self._queue.append(task)
-        return None
-
-    def _new_actor(self) -> ActorHandle:
-        return self._actor_class.remote(*self._arguments)  # pyright: ignore[reportFunctionMemberAccess]
+        return []
 
     def _kill(self, actor: ActorHandle) -> None:
         ray.kill(actor, no_restart=True)
+
+
+def _summary(error: Exception) -> str:
+    """The last line of a message: of a remote traceback, the error itself."""
+    return str(error).strip().split("\n")[-1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from evals.engine import Candidate, EngineOptions
 from evals.judges import make_judge
-from evals.suites import Suite
+from evals.suites import Suite, load_suite
 from fleet.identity import Json
 from fleet.record import FileEntry, UnitRecord
 from fleet.store import open_folder, open_store
@@ -33,7 +33,10 @@ class ScoreUnit:
     weights: str
     """URI of the full model or adapter."""
     is_adapter: bool
-    suite: Suite
+    suite: str
+    """The YAML file in `suite_folder`, or the name of one of lm-eval's own tasks."""
+    suite_folder: str | None
+    """URI of the folder the coordinator put the suite's files in: this node may not have the driver's disk."""
     judge: dict[str, Json]
     store: str
     prefix: str
@@ -62,15 +65,21 @@ class ScoringWorker:
         """Load the candidate, run the suite, write every sample; the record holds the rate with its counts."""
         from evals.harness import run_prompts, run_task  # noqa: PLC0415 - loads lm-eval and datasets
 
+        suite = self._suite(unit)
         self._replica.load(self._candidate(unit))
-        if unit.suite.kind == "task":
-            log = run_task(self._replica, unit.suite)
+        if suite.kind == "task":
+            log = run_task(self._replica, suite)
         else:
-            log = run_prompts(self._replica, unit.suite, make_judge(unit.judge))
+            log = run_prompts(self._replica, suite, make_judge(unit.judge))
         data = log.samples_jsonl().encode()
         open_store(unit.store).replace(f"{unit.prefix}/{SAMPLES_FILE}", data)
         entry = FileEntry(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         return UnitRecord(files={SAMPLES_FILE: entry}, result=log.summary())
+
+    def _suite(self, unit: ScoreUnit) -> Suite:
+        if unit.suite_folder is None:
+            return load_suite(unit.suite)
+        return load_suite(open_folder(unit.suite_folder).local(self._scratch) / unit.suite)
 
     def _candidate(self, unit: ScoreUnit) -> Candidate:
         folder = open_folder(unit.weights).local(self._scratch)

@@ -17,6 +17,7 @@ from typing import Any
 
 import boto3.session
 import pytest
+import ray
 
 from tests.catalogue import make_catalogue
 
@@ -77,3 +78,14 @@ def _wait_until_up(url: str, server: subprocess.Popen[bytes]) -> None:
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pico catalogue on disk; read-only for tests, which copy what they change."""
     return make_catalogue(tmp_path_factory.mktemp("catalogue"))
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3_endpoint: str) -> Generator[None]:
+    """One Ray for the whole session, whose workers know the S3 server; tests never start their own in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()

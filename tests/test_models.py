@@ -122,3 +122,17 @@ def test_folder_without_a_model_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"neither config\.json.*found: notes\.txt"):
         read_model(open_folder(str(tmp_path)))
+
+
+def test_full_model_of_an_older_transformers_fits(catalogue: Path, tmp_path: Path) -> None:
+    """Version 4 wrote `rope_theta` beside the other fields, version 5 puts it into `rope_parameters`."""
+    folder = Path(shutil.copytree(catalogue / "full", tmp_path / "full"))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    del config["hidden_act"]
+    (folder / "config.json").write_text(json.dumps(config))
+    aligned = require_full_model(read_model(open_folder(str(catalogue / "aligned"))), "aligned")
+    check_belongs(read_model(open_folder(str(folder))), aligned)
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    with pytest.raises(CheckpointError, match=r"rope_theta is 7\.0"):
+        check_belongs(read_model(open_folder(str(folder))), aligned)

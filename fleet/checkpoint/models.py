@@ -20,9 +20,9 @@ from fleet.store import Folder
 PEFT_PREFIX = "base_model.model."
 
 ARCHITECTURE_FIELDS = (
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "rope_parameters",
-    "rope_scaling", "hidden_act", "num_local_experts", "num_experts",
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta",
+    "hidden_act", "num_local_experts", "num_experts",
 )  # fmt: skip
 """What must agree in `config.json` between a base and a full fine-tune for their difference to mean anything."""
 
@@ -240,10 +240,11 @@ def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
 
 
 def _full_model_problems(model: FullModel, aligned: FullModel) -> list[str]:
+    ours, theirs = _architecture(model.config), _architecture(aligned.config)
     problems = [
-        f"config.json: {field} is {model.config.get(field)!r}, the base's is {aligned.config.get(field)!r}"
+        f"config.json: {field} is {ours[field]!r}, the base's is {theirs[field]!r}"
         for field in ARCHITECTURE_FIELDS
-        if model.config.get(field) != aligned.config.get(field)
+        if field in ours and field in theirs and ours[field] != theirs[field]
     ]
     if missing := sorted(set(aligned.tensors) - set(model.tensors)):
         problems.append(f"missing tensors: {', '.join(missing)}")
@@ -266,3 +267,15 @@ def is_module(info: TensorInfo) -> bool:
 def touched_tensors(model: Model) -> list[str]:
     """Names of the base tensors a model has a task vector in, sorted."""
     return sorted(f"{m}.weight" for m in model.modules) if isinstance(model, Adapter) else sorted(model.tensors)
+
+
+def _architecture(config: dict[str, Json]) -> dict[str, Json]:
+    """What a config says of the architecture. A field it leaves to the default is not compared: transformers writes
+    fewer or more of them by version, and `rope_theta` inside `rope_parameters` since version 5."""
+    found = {field: config[field] for field in ARCHITECTURE_FIELDS if config.get(field) is not None}
+    match config.get("rope_parameters"):
+        case {"rope_theta": int() | float() as theta}:
+            found["rope_theta"] = theta
+        case _:
+            pass
+    return found
