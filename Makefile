@@ -5,7 +5,7 @@ UV_VERSION := 0.13.8
 TORCH_VERSION := 2.13.0
 BIN := .venv/bin
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test check import-guard schema lock clean
 
 setup: .venv/installed-$(EXTRA)
 
@@ -19,3 +19,31 @@ setup: .venv/installed-$(EXTRA)
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r locks/$*.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
+
+demo: setup
+	$(BIN)/python -m fleet.realign --manifest models.json
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# What planning and --help import, and nothing heavy among it.
+import-guard: setup
+	$(BIN)/python -m pytest -q tests/test_realign.py -k "imports_no_heavy"
+
+schema:
+	$(BIN)/python -c "from fleet.manifest import manifest_schema as s; print(s(), end='')" > fleet/manifest.schema.json
+
+# The locks leave out what breaks a CPU torch; the GPU one resolves torch's CUDA build.
+lock:
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override locks/cpu-overrides.txt \
+	  --torch-backend cpu --python-version 3.11 --no-header --no-annotate --output-file locks/cpu.txt
+	$(BIN)/uv pip compile pyproject.toml --extra gpu --extra dev \
+	  --python-version 3.11 --no-header --no-annotate --output-file locks/gpu.txt
+
+clean:
+	rm -rf artifacts mlflow.db mlruns
