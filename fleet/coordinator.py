@@ -147,7 +147,7 @@ def start_ray(address: str | None, placement: Placement) -> None:
 
 
 def _warn_if_too_small(placement: Placement) -> None:
-    """An actor that fits no node waits without a word; an autoscaler may still bring such a node, so this is no error."""
+    """An actor that fits no node waits without a word; an autoscaler may bring such a node, so this is no error."""
     wanted = {
         "tensor worker": {"CPU": placement.worker_cpus, "memory": float(placement.worker_memory_bytes)},
         "replica": {"CPU": placement.replica_cpus, "GPU": float(placement.replica_gpus)},

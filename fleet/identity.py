@@ -17,7 +17,7 @@ KEY_DIGITS = 16
 """Hex digits of a fingerprint shown in a key; 64 bits tell apart more steps than any catalogue has."""
 
 
-def canonical_json(value: Json) -> str:
+def canonical_json(value: object) -> str:
     """One text for one value: sorted keys, no spaces, finite numbers only.
 
     Raises:
@@ -48,7 +48,7 @@ def _check_plain(value: object, where: str) -> None:
     raise TypeError(f"{where}: {type(value).__name__} has no canonical JSON")
 
 
-def digest(value: Json) -> str:
+def digest(value: object) -> str:
     """`sha256:<64 hex>` of a value's canonical JSON."""
     return "sha256:" + hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
@@ -65,7 +65,7 @@ def fingerprint(
         inputs: label -> content identity of each source (a digest or a pinned commit).
         deps: fingerprints of the steps it reads, in the order it reads them.
     """
-    recipe: dict[str, Json] = {
+    recipe = {
         "kind": kind,
         "version": version,
         "spec": dict(spec),

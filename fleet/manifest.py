@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +28,8 @@ from fleet.fusion import AnyFusionMethod
 from fleet.methods import AnyRealignMethod
 
 RESERVED_NAMES = ("aligned", "unaligned", "safety")
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _absolute(value: str, info: ValidationInfo) -> str:
@@ -218,6 +220,15 @@ def load_manifest(path: Path) -> Manifest:
     Raises:
         ManifestError: the file is missing, is not JSON, or breaks the schema; one line with every problem.
     """
+    return parse(Manifest, read_json(path), path.resolve().parent, str(path))
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds, not yet checked.
+
+    Raises:
+        ManifestError: the file is missing, is not JSON, or has a key twice in one object.
+    """
     try:
         text = path.read_text()
     except FileNotFoundError as e:
@@ -225,13 +236,21 @@ def load_manifest(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as e:
         raise ManifestError(f"{path}: can't be read ({e})") from e
     try:
-        document = json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as e:
         raise ManifestError(f"{path}: not valid JSON: {e}") from e
+
+
+def parse(kind: type[_Model], document: object, root: Path, where: str) -> _Model:
+    """Check a document; relative paths in it become absolute, from `root`. `where` is what messages call it.
+
+    Raises:
+        ManifestError: it breaks the schema; one line with every problem.
+    """
     try:
-        return Manifest.model_validate(document, context={"root": path.resolve().parent})
+        return kind.model_validate(document, context={"root": root})
     except ValidationError as e:
-        raise ManifestError(f"{path}: " + "; ".join(_problem(error) for error in e.errors())) from e
+        raise ManifestError(f"{where}: " + "; ".join(_problem(error) for error in e.errors())) from e
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -6,24 +6,19 @@ store surfaces here, as an `InputError`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
-from fleet.checkpoint.models import Adapter, Model, check_belongs, read_model, require_full_model
+from fleet.checkpoint.models import Adapter, Model, check_belongs, is_companion, read_model, require_full_model
 from fleet.errors import CheckpointError, ManifestError
 from fleet.identity import digest
 from fleet.manifest import Manifest
 from fleet.record import Record, Step, read_record
 from fleet.steps import Bases, Candidate, Source, StepBuilder
 from fleet.store import Folder, Store, open_folder, open_store
-
-_MODEL_FILES = re.compile(r"[^/]+\.(safetensors|json|jinja|model|txt)")
-"""The files of a folder that decide what the model does, and so its identity."""
-_ADAPTER_FILES = re.compile(r"adapter_(config\.json|model\.safetensors)")
 
 _READERS = 16
 """Threads that read headers and records; both wait for storage, not for a core."""
@@ -93,8 +88,9 @@ def _open_source(uri: str) -> Source:
 
 
 def _identity(folder: Folder, model: Model) -> str:
-    wanted = _ADAPTER_FILES if isinstance(model, Adapter) else _MODEL_FILES
-    return digest({name: value for name, value in folder.digests().items() if wanted.fullmatch(name)})
+    """Of the files that decide what the model does: notes and cards beside them may change."""
+    decisive = {n: d for n, d in folder.digests().items() if n.endswith(".safetensors") or is_companion(n, model)}
+    return digest(decisive)
 
 
 def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:

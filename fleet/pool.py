@@ -120,7 +120,7 @@ class Pool:
     def start(self, count: int) -> None:
         """Start actors until there are `count`, or the pool is full."""
         while len(self._starting) + len(self._idle) + len(self._running) < min(self._size, count):
-            actor = self._actor_class.remote(*self._arguments)
+            actor: Any = self._actor_class.remote(*self._arguments)  # Ray types its handles in more than one way
             self._starting[actor.ready.remote()] = _Starting(actor)
 
     def submit(self, task: Task) -> None:

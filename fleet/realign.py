@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +72,8 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
         InputError: the cluster or the tracking server isn't there, or a step failed for what the user gave.
         StepFailedError: a step failed; everything that doesn't depend on it is done, reported and tracked.
     """
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        lock_local_ray()
     from fleet.coordinator import Coordinator, RunResult, start_ray
     from fleet.progress import RunProgress
     from fleet.report import make_report, print_report, write_report
@@ -98,6 +102,18 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     tracker.finish(report, failed=bool(result.failures))
     console.print(f"tracked: {tracker.location}", soft_wrap=True)
     result.raise_failures()
+
+
+def lock_local_ray() -> None:
+    """Give the Ray that this process will start a token of its own, unless the user has set otherwise.
+
+    The token is in memory only: nobody else on the machine can use this Ray, and nothing is left in `~/.ray`, where Ray
+    would write one that changes what a later `ray start` asks for. Ray reads the mode when it is imported, so a process
+    that has imported it already keeps what it had.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def print_plan(plan: Plan, console: Console) -> None:

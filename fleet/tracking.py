@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
-import mlflow
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
@@ -157,7 +157,7 @@ class Tracker:
         self._client.log_batch(run.info.run_id, params=new)
 
     def _log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
-        now = mlflow.utils.time.get_current_time_millis()
+        now = time.time_ns() // 1_000_000
         self._client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
 
     def _text(self, run_id: str, name: str, text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from fleet.checkpoint.models import (
     Adapter,
     FullModel,
     Model,
+    is_companion,
     is_module,
     read_model,
     require_full_model,
@@ -37,12 +37,6 @@ from fleet.identity import Json
 from fleet.methods import AnyRealignMethod, ModuleStatistics
 from fleet.record import FileEntry, UnitRecord
 from fleet.store import Store, open_folder, open_store
-
-_COMPANIONS = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|preprocessor_config)\.json"
-    r"|chat_template\.jinja|tokenizer\.model|merges\.txt"
-)
-"""The files beside the weights that a full model needs to load and to be prompted."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +233,7 @@ def _write_shard(output: Output, shard: Shard, like: FullModel, weight: Callable
     files = {shard.file: FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)}
     if shard.index is not None:
         for name in like.folder.files():
-            if _COMPANIONS.fullmatch(name):
+            if is_companion(name, like):
                 files[name] = _write_file(store, output, name, like.folder.read(name))
         if len(set(shard.index.values())) > 1:
             total = sum(like.tensors[n].num_bytes for n in shard.index)
@@ -286,7 +280,8 @@ def _write_adapter(
 def _adapter_config(ranks: dict[str, int], sources: list[Adapter]) -> dict[str, Json]:
     """PEFT's config with alpha equal to the rank and rsLoRA off: the written factors are the whole update."""
     rank = max(ranks.values())
-    pattern = {module: r for module, r in ranks.items() if r != rank}
+    pattern: dict[str, Json] = {module: r for module, r in ranks.items() if r != rank}
+    targets: list[Json] = [*sorted(ranks)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -303,7 +298,7 @@ def _adapter_config(ranks: dict[str, int], sources: list[Adapter]) -> dict[str, 
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": sorted(ranks),
+        "target_modules": targets,
     }
 
 

@@ -49,7 +49,7 @@ def make_catalogue(root: Path) -> Path:
 
 
 def manifest_document(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
-    """A manifest over the catalogue at `root` whose artifacts and tracking are below `work`; `changes` replace fields."""
+    """A manifest over the catalogue at `root`, its artifacts and tracking below `work`; `changes` replace fields."""
     document: dict[str, Any] = {
         "schema": 1,
         "name": "pico",

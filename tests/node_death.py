@@ -1,4 +1,4 @@
-"""A cluster of three raylets loses one while it works, and goes on with the other; run by `tests/test_coordinator.py` in a process of its own."""
+"""A cluster of three raylets loses one and goes on; `tests/test_coordinator.py` runs it in a process of its own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def main(catalogue: Path, work: Path) -> None:
         while not plan.store.list("fuse/"):
             time.sleep(0.2)
         cluster.remove_node(nodes[0], allow_graceful=False)
-    
+
     killer = threading.Thread(target=kill_when_fusing)
     killer.start()
     result = walk(plan)

@@ -5,8 +5,6 @@ character. Its weights are drawn from a wide normal, so greedy decoding has clea
 on the last bit of a sum. Heads are 32 wide, the smallest that vLLM's CPU attention takes.
 """
 
-# ruff: noqa: PLC0415 - tests that do not make a model do not pay for torch
-
 from __future__ import annotations
 
 import json

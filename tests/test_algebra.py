@@ -26,7 +26,9 @@ def test_statistics_low_rank_equal_dense_definitions(d_out: int, d_in: int, rank
     found = delta_statistics(v, LowRank(b, a))
     assert found.rho == pytest.approx(float(((c @ w) * w).sum() / ((c @ w).norm() * w.norm())), rel=1e-10)
     assert found.gain == pytest.approx(float((c @ w).norm() / w.norm()), rel=1e-10)
-    assert found.lift == pytest.approx(float(d_out * (v.T @ w).norm() ** 2 / (v.norm() ** 2 * w.norm() ** 2)), rel=1e-10)
+    assert found.lift == pytest.approx(
+        float(d_out * (v.T @ w).norm() ** 2 / (v.norm() ** 2 * w.norm() ** 2)), rel=1e-10
+    )
     assert found.cosine == pytest.approx(float((v * w).sum() / (v.norm() * w.norm())), rel=1e-8, abs=1e-12)
     assert found.delta_norm == pytest.approx(float(w.norm()), rel=1e-10)
     assert found[2:] == pytest.approx(delta_statistics(v, Dense(w))[2:], rel=1e-9, abs=1e-12)

@@ -22,7 +22,7 @@ from fleet.errors import CheckpointError, StepFailedError
 from fleet.manifest import load_manifest
 from fleet.plan import Plan, make_plan
 from fleet.progress import RunProgress
-from fleet.record import Step, attempt_prefix, record_key, unit_key
+from fleet.record import attempt_prefix, record_key, unit_key
 from fleet.workers import FuseUnit, TensorWorker
 from tests.catalogue import manifest_document, write_manifest
 
@@ -167,7 +167,7 @@ def test_model_with_nan_fails_alone_as_the_users_error(catalogue: Path, tmp_path
     done = {s.name for s in plan.steps if s.key in result.records}
     assert done == {"lora", "full", "lora.safemerge", "full.safemerge"}
     assert {f.step.name for f in result.failures.values()} == {"rslora", "rslora.safemerge", "plain", "merged", "loras"}
-    with pytest.raises(CheckpointError, match="models: rslora: 1 tensors hold NaN or Inf.*4 steps that depend"):
+    with pytest.raises(CheckpointError, match=r"models: rslora: 1 tensors hold NaN or Inf.*4 steps that depend"):
         result.raise_failures()
 
 
@@ -183,7 +183,7 @@ def test_interrupted_step_continues_its_attempt(
     shards = sorted(n for n in record.files if n.startswith("model-"))
     assert len(shards) > 2
 
-    units = [k for k in first.store.list(f"{fused.key}/units-")]
+    units = list(first.store.list(f"{fused.key}/units-"))
     assert len(units) == len(shards)
     marked = json.loads(first.store.read(unit_key(fused, record.attempt, 0)) or b"")
     marked["result"] = {"kept": True}
@@ -204,9 +204,7 @@ def test_record_of_another_run_wins(undisturbed: tuple[Path, Plan, RunResult]) -
     assert walk(dataclasses.replace(plan, done={})).records == theirs.records
 
 
-def test_node_dying_in_the_middle_changes_nothing(
-    catalogue: Path, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
+def test_node_dying_in_the_middle_changes_nothing(catalogue: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     """A cluster of its own, in a process of its own: see `tests/node_death.py`."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
@@ -216,5 +214,3 @@ def test_node_dying_in_the_middle_changes_nothing(
     disturbed = tensor_plan(catalogue, tmp_path / "disturbed")
     assert disturbed.pending == ()
     assert contents(disturbed, RunResult(records=dict(disturbed.done))) == expected
-
-

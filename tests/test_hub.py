@@ -86,10 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def tree(self) -> list[dict[str, Any]]:
-        return [
-            {"type": "file", "path": name, "size": len(data), "oid": git_id(data)}
-            for name, data in FILES.items()
-        ]
+        return [{"type": "file", "path": name, "size": len(data), "oid": git_id(data)} for name, data in FILES.items()]
 
     def send_file(self, name: str) -> None:
         if name not in FILES:
@@ -219,9 +216,7 @@ def test_hub_missing_file_is_named(folder: HubFolder) -> None:
         ("org/broken", COMMIT, "the Hub answered 500"),
     ],
 )
-def test_hub_refusal_is_explained_in_one_line(
-    hub: Hub, repo: str, commit: str, message: str
-) -> None:
+def test_hub_refusal_is_explained_in_one_line(hub: Hub, repo: str, commit: str, message: str) -> None:
     with pytest.raises(SourceError) as caught:
         HubFolder(repo, commit).files()
     assert str(caught.value).startswith(f"hf://{repo}@{commit}: {message}")
@@ -245,9 +240,7 @@ def test_hub_unreachable_fails_soon(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     assert time.monotonic() - started < 15
 
 
-def test_hub_offline_is_explained(
-    hub: Hub, folder: HubFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_offline_is_explained(hub: Hub, folder: HubFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
         folder.files()

@@ -34,5 +34,7 @@ def test_canonical_json_not_plain_refused(value: object) -> None:
         ("score", 1, {"a": 1}, {"m": "x"}, ["e"]),
     ],
 )
-def test_fingerprint_each_part_changed_differs(other: tuple[str, int, dict[str, int], dict[str, str], list[str]]) -> None:
+def test_fingerprint_each_part_changed_differs(
+    other: tuple[str, int, dict[str, int], dict[str, str], list[str]],
+) -> None:
     assert fingerprint("score", 1, {"a": 1}, {"m": "x"}, ["d"]) != fingerprint(*other)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import pickle  # noqa: TID251 - actors pickle their arguments
+import pickle
 from typing import Literal
 
 import pytest

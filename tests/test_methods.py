@@ -54,7 +54,9 @@ def test_safemerge_of_a_full_fine_tune_is_dense() -> None:
 
 
 def test_wise_ft_scales() -> None:
-    torch.testing.assert_close(WiseFt(method="wise_ft", alpha=0.25).edit(ones(4.0), ones(9.0)).dense(), torch.ones(2, 3))
+    torch.testing.assert_close(
+        WiseFt(method="wise_ft", alpha=0.25).edit(ones(4.0), ones(9.0)).dense(), torch.ones(2, 3)
+    )
 
 
 def test_weight_average_weights_are_normalised() -> None:

@@ -84,7 +84,9 @@ def test_adapter_with_lone_factor_refused(adapter_copy: Path) -> None:
 def test_adapter_of_another_base_lists_every_module(adapter_copy: Path, catalogue: Path) -> None:
     path = adapter_copy / "adapter_model.safetensors"
     tensors = {
-        (k.replace("v_proj", "w_proj") if "layers.0" in k else k): (v[:, :16].contiguous() if "q_proj.lora_A" in k else v)
+        (k.replace("v_proj", "w_proj") if "layers.0" in k else k): (
+            v[:, :16].contiguous() if "q_proj.lora_A" in k else v
+        )
         for k, v in load_file(path).items()
     }
     save_file(tensors, path)

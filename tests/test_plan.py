@@ -96,9 +96,7 @@ def test_plan_bad_input_is_an_input_error(
 
 
 def test_plan_fused_rank_over_the_served_limit_refused(catalogue: Path, tmp_path: Path) -> None:
-    models = [
-        {"name": f"m{i}", "source": str(catalogue / "rslora"), "suites": []} for i in range(40)
-    ]
+    models = [{"name": f"m{i}", "source": str(catalogue / "rslora"), "suites": []} for i in range(40)]
     variants = [{"name": "v", "realign": {"method": "safemerge"}, "fuse": {"method": "weight_average"}}]
     with pytest.raises(ManifestError, match=r'rank 640.*set fuse\.output to "model"'):
         plan_of(catalogue, tmp_path, models=models, variants=variants)

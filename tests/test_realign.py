@@ -134,9 +134,7 @@ def test_output_loads_in_transformers_and_peft_and_says_what_vllm_said(
         assert said == sample["completion"]
 
 
-def test_run_killed_and_typed_again_leaves_the_same_bytes(
-    finished: Finished, catalogue: Path, tmp_path: Path
-) -> None:
+def test_run_killed_and_typed_again_leaves_the_same_bytes(finished: Finished, catalogue: Path, tmp_path: Path) -> None:
     """SIGKILL to the driver in the middle; what was done stays, and the MLflow run goes on."""
     path = write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}

@@ -1,7 +1,5 @@
 """One real engine on a pico Llama, against transformers and PEFT on the same files."""
 
-# ruff: noqa: PLC0415 - torch is imported after the engine has set its environment
-
 from __future__ import annotations
 
 import json

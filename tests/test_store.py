@@ -313,9 +313,7 @@ def test_open_store_bad_address_is_refused(uri: str) -> None:
         open_store(uri)
 
 
-def test_open_relative_path_survives_a_change_of_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_relative_path_survives_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "x").write_bytes(b"1")
@@ -338,9 +336,7 @@ def test_import_store_pulls_in_nothing_heavy() -> None:
         "heavy = {'torch', 'ray', 'boto3', 'botocore', 'huggingface_hub', 'mlflow'};"
         "print(*sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
@@ -394,9 +390,7 @@ def test_local_digest_of_a_fresh_file_is_not_cached(tmp_path: Path, cache_home: 
     assert [path for path in cache_home.rglob("*") if path.is_file()] == []
 
 
-def test_local_digest_cache_unwritable_still_hashes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_digest_cache_unwritable_still_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "SETTLE_SECONDS", -1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     (tmp_path / "x").write_bytes(b"abc")
@@ -444,9 +438,7 @@ def test_s3_writer_exception_leaves_no_upload_behind(s3_bucket: str) -> None:
     assert "Uploads" not in s3_client().list_multipart_uploads(Bucket=s3_bucket)
 
 
-def test_s3_read_into_in_parallel_parts_round_trips(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_read_into_in_parallel_parts_round_trips(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleet.store.s3_transfer.PART_BYTES", 1000)
     data = random.Random(0).randbytes(10_500)
     folder = fill(S3Store(s3_bucket, ""), x=data)
@@ -480,9 +472,7 @@ def test_s3_object_replaced_between_two_reads_is_noticed(s3_bucket: str) -> None
         read_into(folder, "x", 1, 2)
 
 
-def test_s3_create_whose_answer_was_lost_is_still_ours(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_create_whose_answer_was_lost_is_still_ours(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = s3_client()
 
     def repeat_once(attempts: int, **_: object) -> float | None:
@@ -495,9 +485,7 @@ def test_s3_create_whose_answer_was_lost_is_still_ours(
     assert not store.create("a", b"1")
 
 
-def test_s3_local_downloads_once_per_content(
-    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_local_downloads_once_per_content(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = S3Store(s3_bucket, "")
     folder = fill(store, a=b"12345", sub__b=b"2")
     monkeypatch.setattr(download, "CHUNK_BYTES", 2)
@@ -546,9 +534,7 @@ def test_s3_missing_bucket_is_named(s3_endpoint: str) -> None:
         store.create("a", b"")
 
 
-def test_s3_unreachable_endpoint_fails_soon(
-    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_unreachable_endpoint_fails_soon(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -565,9 +551,7 @@ def test_s3_malformed_endpoint_is_named(s3_endpoint: str, monkeypatch: pytest.Mo
         S3Store("bucket", "x").check()
 
 
-def test_s3_without_credentials_says_what_to_set(
-    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_without_credentials_says_what_to_set(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(SourceError, match="set AWS_ACCESS_KEY_ID"):
@@ -609,9 +593,7 @@ def test_s3_refusal_is_explained(
     assert str(caught.value).startswith("s3://bucket/x: ") and message in str(caught.value)
 
 
-def test_s3_read_goes_on_after_a_broken_answer(
-    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_read_goes_on_after_a_broken_answer(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data, asked = bytes(range(100)), list[str]()
 
     class BreakOff(BaseHTTPRequestHandler):
@@ -641,9 +623,7 @@ def test_s3_read_goes_on_after_a_broken_answer(
     assert len(asked) == 2
 
 
-def test_s3_server_without_conditional_writes_fails_the_check(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_s3_server_without_conditional_writes_fails_the_check(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = s3_client()
 
     def forget(params: dict[str, Any], **_: object) -> None:

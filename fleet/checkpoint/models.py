@@ -55,6 +55,12 @@ _UNSUPPORTED_ADAPTER_FIELDS: dict[str, tuple[object, ...]] = {
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+_COMPANIONS = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|chat_template\.jinja|tokenizer\.model|merges\.txt"
+)
+
+
 @dataclass(frozen=True)
 class FullModel:
     """A full model's headers. `tensors` leaves out derived buffers and a tied `lm_head`."""
@@ -207,6 +213,13 @@ def _lora_module(where: str, config: dict[str, Json], module: str, factors: dict
         )
     alpha = pattern_value(config.get("alpha_pattern"), module, float(config["lora_alpha"]))  # type: ignore[arg-type]
     return LoraModule(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def is_companion(file: str, model: Model) -> bool:
+    """Whether a file beside the weights decides what the model does: how it is built, and how it is prompted."""
+    if isinstance(model, Adapter):
+        return file == "adapter_config.json"
+    return _COMPANIONS.fullmatch(file) is not None
 
 
 def require_full_model(model: Model, role: str) -> FullModel:

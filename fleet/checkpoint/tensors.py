@@ -75,7 +75,7 @@ def write_tensors(
             cast = tensor.detach().to(TORCH_DTYPES[entry.dtype]).contiguous()
             if not bool(torch.isfinite(cast).all()):
                 raise CheckpointError(f"{key}: tensor {entry.name} came out with NaN or Inf in {entry.dtype}")
-            put(memoryview(cast.reshape(-1).view(torch.uint8).numpy()))
+            put(cast.reshape(-1).view(torch.uint8).numpy().data)
     return WrittenFile(total, hasher.hexdigest())
 
 

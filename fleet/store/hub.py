@@ -95,11 +95,7 @@ class HubFolder:
         """The snapshot in the Hub's own cache, which also keeps one copy per content."""
         names = list(self._listing())
         with _explained(self.uri):
-            return Path(
-                snapshot_download(
-                    self.repo, revision=self.commit, endpoint=_endpoint(), allow_patterns=names
-                )
-            )
+            return Path(snapshot_download(self.repo, revision=self.commit, endpoint=_endpoint(), allow_patterns=names))
 
     def _listing(self) -> dict[str, _File]:
         with _explained(self.uri):
@@ -117,9 +113,7 @@ def _endpoint() -> str | None:
 @cache
 def _listing(endpoint: str | None, repo: str, commit: str) -> tuple[tuple[str, _File], ...]:
     """Every visible file, sorted by name; a commit never changes, so one request per process."""
-    info = HfApi(endpoint=endpoint).model_info(
-        repo, revision=commit, files_metadata=True, timeout=_TIMEOUT_SECONDS
-    )
+    info = HfApi(endpoint=endpoint).model_info(repo, revision=commit, files_metadata=True, timeout=_TIMEOUT_SECONDS)
     found: dict[str, _File] = {}
     for sibling in info.siblings or ():
         digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
@@ -136,9 +130,7 @@ def _read_range(url: str, start: int, view: memoryview) -> int:
             "Range": f"bytes={start + done}-{start + len(view) - 1}",
             "Accept-Encoding": "identity",
         }
-        request = get_session().stream(
-            "GET", url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True
-        )
+        request = get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True)
         try:
             with request as response:
                 if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -183,9 +175,7 @@ def _explain(error: Exception, name: str) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it, or copy the model to a folder or S3"
     # Before the next: it is also what a download raises when the Hub cannot be reached.
-    if isinstance(error, LocalEntryNotFoundError) or not isinstance(
-        error, (HfHubHTTPError, EntryNotFoundError)
-    ):
+    if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, (HfHubHTTPError, EntryNotFoundError)):
         text = " ".join(str(error.__cause__ or error).split())
         return f"the Hub cannot be reached ({text}); check HF_ENDPOINT and the network"
     if isinstance(error, EntryNotFoundError):

@@ -61,9 +61,7 @@ def _open_folder(uri: str) -> Folder:
         from fleet.store.hub import HubFolder  # noqa: PLC0415 - the Hub only where it is used
 
         return HubFolder(*_repo_and_commit(uri))
-    return LocalFolder(
-        _local_path(uri, "a source is a local folder, s3://bucket/prefix or hf://org/name@commit")
-    )
+    return LocalFolder(_local_path(uri, "a source is a local folder, s3://bucket/prefix or hf://org/name@commit"))
 
 
 def _local_path(uri: str, expected: str) -> Path:
@@ -77,9 +75,7 @@ def _bucket_and_prefix(uri: str) -> tuple[str, str]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = prefix.removesuffix("/")
     if not bucket or any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
-        raise SourceError(
-            f"{uri}: an S3 address is s3://bucket/prefix, without empty parts or `..`"
-        )
+        raise SourceError(f"{uri}: an S3 address is s3://bucket/prefix, without empty parts or `..`")
     return bucket, prefix
 
 

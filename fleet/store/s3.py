@@ -65,9 +65,7 @@ class S3Folder:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         with self._explained(name):
-            etag = read_range(
-                client(), self.bucket, self._key(name), start, buffer, self.etags.get(name)
-            )
+            etag = read_range(client(), self.bucket, self._key(name), start, buffer, self.etags.get(name))
         if etag is not None:
             self.etags.setdefault(name, etag)
 
@@ -176,9 +174,7 @@ def _create(s3: Any, bucket: str, key: str, data: bytes) -> bool:
     attempt = 0
     while True:
         try:
-            s3.put_object(
-                Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={_MARK: mark}
-            )
+            s3.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={_MARK: mark})
             return True
         except ClientError as error:
             if code(error) in ("PreconditionFailed", "412"):

@@ -62,9 +62,7 @@ def _client(patient: bool, _environment: tuple[tuple[str, str], ...]) -> Any:
         session: Any = boto3.session.Session()
         return session.client("s3", config=config)
     except ValueError as error:
-        raise SourceError(
-            f"S3: {error}; AWS_ENDPOINT_URL must look like https://host:port"
-        ) from error
+        raise SourceError(f"S3: {error}; AWS_ENDPOINT_URL must look like https://host:port") from error
     except BotoCoreError as error:
         raise SourceError(explain(error, "S3")) from error
 
@@ -82,8 +80,7 @@ def explain(error: exceptions.BotoCoreError | exceptions.ClientError, uri: str) 
     text = " ".join(str(error).split())
     if isinstance(error, _CREDENTIALS):
         return where + (
-            f"no usable S3 credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "or AWS_PROFILE"
+            f"no usable S3 credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
     if isinstance(error, _UNREACHABLE):
         return where + f"S3 cannot be reached ({text}); check AWS_ENDPOINT_URL and the network"
@@ -100,8 +97,7 @@ def _explain_answer(error: exceptions.ClientError) -> str:
         return "nothing found there (404); check the address, and AWS_ENDPOINT_URL if it is set"
     if found in _DENIED:
         return (
-            "access denied; these credentials need s3:ListBucket and s3:GetObject, and "
-            "s3:PutObject where artifacts go"
+            "access denied; these credentials need s3:ListBucket and s3:GetObject, and s3:PutObject where artifacts go"
         )
     if found in _BAD_KEY:
         return f"the server refuses these credentials ({found}); check AWS_ACCESS_KEY_ID and others"

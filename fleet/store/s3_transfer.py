@@ -45,9 +45,7 @@ def read_object(s3: Any, bucket: str, key: str, etag: str | None) -> tuple[bytes
             attempt += 1
 
 
-def read_range(
-    s3: Any, bucket: str, key: str, start: int, buffer: memoryview, etag: str | None
-) -> str | None:
+def read_range(s3: Any, bucket: str, key: str, start: int, buffer: memoryview, etag: str | None) -> str | None:
     """Fill `buffer` from byte `start`, and return the object's ETag (None for no bytes).
 
     A range of more than one part is read by several threads, all from the content that the first
@@ -71,9 +69,7 @@ def read_range(
     return etag
 
 
-def _read_part(
-    s3: Any, bucket: str, key: str, start: int, part: memoryview, etag: str | None
-) -> str:
+def _read_part(s3: Any, bucket: str, key: str, start: int, part: memoryview, etag: str | None) -> str:
     done, attempt = 0, 0
     while True:
         wanted = f"bytes={start + done}-{start + len(part) - 1}"
@@ -142,9 +138,7 @@ class MultipartWriter:
         while self._pending:
             self._etags.append(self._pending.popleft().result())
         parts = [{"PartNumber": at, "ETag": etag} for at, etag in enumerate(self._etags, start=1)]
-        self._s3.complete_multipart_upload(
-            **self._object, UploadId=self._upload, MultipartUpload={"Parts": parts}
-        )
+        self._s3.complete_multipart_upload(**self._object, UploadId=self._upload, MultipartUpload={"Parts": parts})
         self._upload = None
 
     def close(self) -> None:
@@ -171,7 +165,5 @@ class MultipartWriter:
         self._buffer = bytearray()
 
     def _upload_part(self, number: int, part: bytearray) -> str:
-        answer = self._s3.upload_part(
-            **self._object, UploadId=self._upload, PartNumber=number, Body=part
-        )
+        answer = self._s3.upload_part(**self._object, UploadId=self._upload, PartNumber=number, Body=part)
         return answer["ETag"]
