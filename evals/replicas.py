@@ -67,6 +67,10 @@ class Replica:
 
         self.candidate = Candidate("aligned", str(model_dir))
         self._on_cpu = current_platform.is_cpu()
+        if self._on_cpu:
+            from evals import cpu_lora
+
+            cpu_lora.install()
         self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
         self._weights_dir = model_dir
         self._lora: LoRARequest | None = None

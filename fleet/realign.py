@@ -99,7 +99,7 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
         if row.role == "fused":
             console.print(f"{row.name}: {row.weights}", soft_wrap=True)
     console.print(f"records: {plan.store.uri}", f"report:  {page}", sep="\n", soft_wrap=True)
-    tracker.finish(report, failed=bool(result.failures))
+    tracker.finish(report, result.records, failed=bool(result.failures))
     console.print(f"tracked: {tracker.location}", soft_wrap=True)
     result.raise_failures()
 

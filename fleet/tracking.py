@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -21,7 +22,9 @@ from mlflow.tracking import MlflowClient
 from fleet.errors import InputError
 from fleet.identity import Json
 from fleet.plan import Plan
+from fleet.record import Record, Step, to_bytes
 from fleet.report import REPORT_HTML, REPORT_JSON, Row, RunReport, report_html, report_json
+from fleet.steps import Candidate, RealignStep, Source
 
 _KEY_TAG = "fleet.key"
 """Tag with what a run is of; a run killed and typed again finds its own by it."""
@@ -71,10 +74,10 @@ class Tracker:
         steps = [{"key": s.key, "spec": s.spec, "inputs": s.inputs} for s in plan.steps]
         self._text(self.run_id, "plan.json", json.dumps(steps, indent=1, sort_keys=True))
 
-    def finish(self, report: RunReport, failed: bool) -> None:
-        """Log every candidate as a child run, the report, and the registry; end the parent run."""
-        for row in report.rows:
-            self._candidate(row)
+    def finish(self, report: RunReport, records: Mapping[str, Record], failed: bool) -> None:
+        """Log every candidate with its records as a child run, the report, and the registry; end the parent run."""
+        for row, candidate in zip(report.rows, self._plan.candidates, strict=True):
+            self._candidate(row, [r for s in _steps_of(candidate) if (r := records.get(s.key))])
         metrics = {
             "num_candidates": len(report.rows),
             "num_passed": sum(r.gate == "pass" for r in report.rows),
@@ -89,7 +92,7 @@ class Tracker:
             self._register(self._plan.manifest.tracking.register_as, report)
         self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
 
-    def _candidate(self, row: Row) -> None:
+    def _candidate(self, row: Row, records: list[Record]) -> None:
         key = f"{self._plan.run_id}/{row.name}"
         tags = {
             "mlflow.parentRunId": self.run_id,
@@ -112,6 +115,8 @@ class Tracker:
         self._log_metrics(run.info.run_id, metrics)
         evidence = {"reasons": row.reasons, "samples": {s.suite: s.samples for s in row.scores}}
         self._text(run.info.run_id, "evidence.json", json.dumps(evidence, indent=1))
+        for record in records:
+            self._text(run.info.run_id, f"records/{record.kind}.{record.name}.json", to_bytes(record).decode())
         for name, value in tags.items():
             self._client.set_tag(run.info.run_id, name, value)
         self._client.set_terminated(run.info.run_id)
@@ -162,6 +167,13 @@ class Tracker:
 
     def _text(self, run_id: str, name: str, text: str) -> None:
         self._client.log_text(run_id, text, name)
+
+
+def _steps_of(candidate: Candidate) -> list[Step]:
+    """What was done for this candidate alone: its weights, what they were decided by, and its scores."""
+    made = [] if isinstance(candidate.weights, Source) else [candidate.weights]
+    surveys = [step.survey for step in made if isinstance(step, RealignStep)]
+    return [*surveys, *made, *candidate.scores.values()]
 
 
 def _flat(value: dict[str, Json], prefix: str = "") -> dict[str, str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +108,55 @@ def test_run_in_mlflow_is_one_parent_and_a_child_per_candidate(finished: Finishe
     assert merged.params["fuse.scale"] == "0.5"
     score = next(s for s in rows(finished)["merged"]["scores"] if s["suite"] == "harm")
     assert merged.metrics["harmfulness.harm_denominator"] == score["rate"]["denominator"]
+
+
+def test_run_in_mlflow_carries_the_plan_and_the_records(finished: Finished) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished.work}/mlflow.db")
+    runs = runs_of(finished)
+    (parent,) = (run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    kept = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert kept == {"manifest.json", "plan.json", "report.json", "report.html"}
+    records = {Path(f.path).name for f in client.list_artifacts(runs["lora.safemerge"].info.run_id, "records")}
+    assert records == {
+        "survey.lora.json", "realign.lora.safemerge.json", "score.lora.safemerge.harm.json",
+        "score.lora.safemerge.task.json",
+    }  # fmt: skip
+
+
+def test_run_tracked_by_a_server_has_the_same_numbers(finished: Finished, catalogue: Path, tmp_path: Path) -> None:
+    """The records are there already, so this only tracks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "files"),
+        ],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+        document = manifest_document(catalogue, finished.work)
+        document["tracking"] |= {"uri": uri}
+        assert main(["--manifest", str(write_manifest(tmp_path / "models.json", document))]) == 0
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("pico")
+        assert experiment is not None
+        found = {r.info.run_name: r.data.metrics for r in client.search_runs([experiment.experiment_id])}
+        expected = {name: run.data.metrics for name, run in runs_of(finished).items()}
+        assert {n: found[n] for n in rows(finished)} == {n: expected[n] for n in rows(finished)}
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=20)
 
 
 def test_run_registers_every_fused_variant(finished: Finished) -> None:
