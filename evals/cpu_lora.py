@@ -1,21 +1,20 @@
 """LoRA products on the CPU, one per adapter in a batch instead of one per token.
 
-vLLM's CPU kernels gather a copy of the whole padded adapter for every token, `weights[indices]`, before they multiply: at
-rank 256 a suite takes sixty times as long as on the bare model. Grouping the tokens by adapter multiplies each adapter once.
-The signatures are vLLM 0.32's (`vllm.lora.ops.torch_ops.lora_ops`), whose other functions call these three.
+vLLM's CPU kernels gather a copy of the whole padded adapter for every token, `weights[indices]`, before they multiply:
+at rank 256 a suite takes sixty times as long as on the bare model. Grouping the tokens by adapter multiplies each one
+once. The signatures are vLLM 0.32's (`vllm.lora.ops.torch_ops.lora_ops`), whose other functions call these three.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 
-def install() -> None:
-    """Put these kernels where vLLM's CPU LoRA layers find theirs. To be called once per process, before an engine starts."""
-    from vllm.lora.ops.torch_ops import lora_ops
-    from vllm.lora.punica_wrapper import punica_cpu
-
-    for module in (lora_ops, punica_cpu):
+def install(*modules: ModuleType) -> None:
+    """Put these kernels into vLLM's modules that use them; once per process, before an engine starts."""
+    for module in modules:
         for kernel in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
             setattr(module, kernel.__name__, kernel)
 

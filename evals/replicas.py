@@ -68,9 +68,12 @@ class Replica:
         self.candidate = Candidate("aligned", str(model_dir))
         self._on_cpu = current_platform.is_cpu()
         if self._on_cpu:
+            from vllm.lora.ops.torch_ops import lora_ops
+            from vllm.lora.punica_wrapper import punica_cpu
+
             from evals import cpu_lora
 
-            cpu_lora.install()
+            cpu_lora.install(lora_ops, punica_cpu)
         self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
         self._weights_dir = model_dir
         self._lora: LoRARequest | None = None

@@ -240,8 +240,9 @@ def print_report(report: RunReport, console: Console) -> None:
 # -- the page ----------------------------------------------------------------------------------------------------
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1c2733; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 100rem; padding: 0 1rem; color: #1c2733; }
+main { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td.pass { color: #146c2e; } td.fail { color: #a4262c; } tr.group td { background: #f3f6f9; font-weight: 600; }
@@ -272,7 +273,7 @@ def report_html(report: RunReport) -> str:
 <p>{best} Harm is what the judge measured on held-out requests; it says nothing of requests of another kind.</p>
 {f"<h2>Failures</h2><ul>{failures}</ul>" if failures else ""}
 {chart}
-<h2>Candidates</h2>{_html_table(report)}
+<h2>Candidates</h2><main>{_html_table(report)}</main>
 <h2>Modules edited</h2><ul>{"".join(f"<li>{html.escape(k)}: {v}</li>" for k, v in report.edits.items())}</ul>
 <h2>Gates and evidence</h2>{"".join(_evidence(row) for row in report.rows)}
 </body></html>
@@ -334,7 +335,7 @@ def _chart(report: RunReport) -> str:
                 y=[100 * p[2] for p in points if p[2] is not None],
                 text=[p[0] for p in points],
                 name=title,
-                mode="markers+text",
+                mode="markers+text" if role in ("reference", "fused") else "markers",  # the others, on hover
                 textposition="top center",
                 marker={"size": 11},
                 error_x={

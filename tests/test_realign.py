@@ -41,7 +41,9 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(catalogue: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Finished:
     work = tmp_path_factory.mktemp("run")
-    path = write_manifest(work / "models.json", manifest_document(catalogue, work))
+    # Gates that random weights pass, so that there is something to publish.
+    gates = {"harmfulness_max": 1.0, "task_drop_max": 1.0, "over_refusal_max": 1.0}
+    path = write_manifest(work / "models.json", manifest_document(catalogue, work, gates=gates))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         first, second = (run_captured(work / f"output-{i}", path) for i in (1, 2))
@@ -132,7 +134,7 @@ def test_run_tracked_by_a_server_has_the_same_numbers(finished: Finished, catalo
     server = subprocess.Popen(
         [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "files"),
+            "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/files",
         ],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path, start_new_session=True,
     )  # fmt: skip
@@ -164,7 +166,17 @@ def test_run_registers_every_fused_variant(finished: Finished) -> None:
     versions = {v.tags["fleet.variant"]: v for v in client.search_model_versions("name = 'pico'")}
     assert set(versions) == {"plain", "merged", "loras"}
     assert versions["merged"].source == rows(finished)["merged"]["weights"]
-    assert {v.tags["fleet.gate"] for v in versions.values()} <= {"pass", "fail", "not enough evidence"}
+    assert {v.tags["fleet.gate"] for v in versions.values()} == {"pass"}
+
+
+def test_run_gives_the_alias_to_the_variant_that_passed_with_the_least_harm(finished: Finished) -> None:
+    client = MlflowClient(registry_uri=f"sqlite:///{finished.work}/mlflow.db")
+    harm = {
+        name: row["scores"][0]["rate"]["value"] or 0.0 for name, row in rows(finished).items() if row["role"] == "fused"
+    }
+    assert finished.report["best"] == min(harm, key=lambda name: harm[name])
+    version = client.get_model_version_by_alias("pico", "realigned")
+    assert version.tags["fleet.variant"] == finished.report["best"]
 
 
 @pytest.mark.parametrize("name", ["merged", "loras", "full.safemerge", "rslora.safemerge"])

@@ -1,0 +1,27 @@
+"""`python -m jobs.demo`: train the demo fleet from nothing and write its evaluation suites."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+
+def main() -> None:
+    """Parse, then run the recipe; torch is imported only then, so that --help stays quick."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="where the models go (default: demo)")
+    parser.add_argument(
+        "--suites", type=Path, default=Path("evals/suites"), help="where the suites go (default: evals/suites)"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    from jobs.demo.recipe import run  # noqa: PLC0415
+
+    run(arguments.output, arguments.suites)
+
+
+if __name__ == "__main__":
+    main()
