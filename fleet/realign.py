@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fleet.plan import Plan
 
 
+LOG_COLUMNS = 200
+"""How wide the table may be where the output is no terminal."""
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; heavy imports come after it, so that `--help` is at once."""
     parser = argparse.ArgumentParser(
@@ -49,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     from fleet.manifest import load_manifest
     from fleet.plan import make_plan
 
-    console = Console()
+    # A job's log has no width of its own; rich would take 80 columns and squeeze the table.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS)
     try:
         plan = make_plan(load_manifest(arguments.manifest))
         if arguments.dry_run:

@@ -213,28 +213,39 @@ def cell(rate: Rate, with_interval: bool) -> str:
 
 
 def print_report(report: RunReport, console: Console) -> None:
-    """The table a run ends with."""
+    """The table a run ends with: a column per suite where there is room, else all tasks in one column."""
+    wide = _table(report, columns(report), [])
+    if wide.__rich_measure__(console, console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(wide)
+        return
+    tasks = [suite for kind, suite in columns(report) if kind == "task"]
+    console.print(_table(report, [c for c in columns(report) if c[0] != "task"], tasks))
+
+
+def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str]) -> Table:
+    """A column for each (kind, suite) of `apart`, and one for the suites `together`, if any."""
     names = short_names(report)
     table = Table(
         title=f"{report.name}: run {report.run_id}",
         caption=escape("[low–high]: 95 % Clopper–Pearson interval of harmful / scored"),
     )
     table.add_column("candidate", no_wrap=True)
-    for kind, suite in columns(report):
-        table.add_column(names[suite], justify="right", no_wrap=kind == "task")
+    for _, suite in apart:
+        table.add_column(names[suite], justify="right")
+    if together:
+        table.add_column("task accuracy", no_wrap=True)
     table.add_column("gate")
     last = None
     for row in report.rows:
         if last is not None and row.role != last:
             table.add_section()
         last = row.role
-        scores = {s.suite: s for s in row.scores}
-        cells = [
-            escape(cell(scores[suite].rate, kind == "harmfulness")) if suite in scores else ""
-            for kind, suite in columns(report)
-        ]
+        rates = {s.suite: s.rate for s in row.scores}
+        cells = [escape(cell(rates[s], kind == "harmfulness")) if s in rates else "" for kind, s in apart]
+        if together:
+            cells.append("\n".join(escape(f"{names[s]} {cell(rates[s], False)}") for s in together if s in rates))
         table.add_row(row.name, *cells, row.gate or "")
-    console.print(table)
+    return table
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
