@@ -37,5 +37,9 @@ class StepFailedError(FleetError):
     """At least one step of a run failed; the message lists each failure with its cause."""
 
 
+class TrackingError(FleetError):
+    """MLflow went away after the work was done; the records are safe, and the same command typed again tracks them."""
+
+
 class EvalError(FleetError):
     """An engine, a judge or a suite broke the contract: one completion per sample, no silent loss."""

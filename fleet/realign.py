@@ -76,6 +76,7 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     Raises:
         InputError: the cluster or the tracking server isn't there, or a step failed for what the user gave.
         StepFailedError: a step failed; everything that doesn't depend on it is done, reported and tracked.
+        TrackingError: MLflow went away at the end.
     """
     if address is None and "RAY_ADDRESS" not in os.environ:
         lock_local_ray()
@@ -104,9 +105,11 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
         if row.role == "fused":
             console.print(f"{row.name}: {row.weights}", soft_wrap=True)
     console.print(f"records: {plan.store.uri}", f"report:  {page}", sep="\n", soft_wrap=True)
-    tracker.finish(report, result.records, failed=bool(result.failures))
-    console.print(f"tracked: {tracker.location}", soft_wrap=True)
-    result.raise_failures()
+    try:
+        tracker.finish(report, result.records, failed=bool(result.failures))
+        console.print(f"tracked: {tracker.location}", soft_wrap=True)
+    finally:
+        result.raise_failures()  # what failed in the work matters more than what failed in telling of it
 
 
 def lock_local_ray() -> None:

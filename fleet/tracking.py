@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 
-from fleet.errors import InputError
+from fleet.errors import InputError, TrackingError
 from fleet.identity import Json
 from fleet.plan import Plan
 from fleet.record import Record, Step, to_bytes
@@ -37,12 +37,18 @@ class Tracker:
     """The MLflow side of one run.
 
     Raises:
-        InputError: the tracking server cannot be reached.
+        InputError: the tracking server cannot be reached, or could not register what is in this store.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         tracking = plan.manifest.tracking
+        is_server, is_local_store = tracking.uri.startswith("http"), "://" not in plan.store.uri
+        if is_server and is_local_store and tracking.register_as is not None:
+            raise InputError(
+                "tracking.register_as: an MLflow server registers no path of this machine; "
+                "set artifacts to s3://…, or leave register_as out"
+            )
         self._client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
         try:
             experiment = self._client.get_experiment_by_name(tracking.experiment)
@@ -75,7 +81,20 @@ class Tracker:
         self._text(self.run_id, "plan.json", json.dumps(steps, indent=1, sort_keys=True))
 
     def finish(self, report: RunReport, records: Mapping[str, Record], failed: bool) -> None:
-        """Log every candidate with its records as a child run, the report, and the registry; end the parent run."""
+        """Log every candidate with its records as a child run, the report, and the registry; end the parent run.
+
+        Raises:
+            TrackingError: MLflow failed; what it has until then stays.
+        """
+        try:
+            self._finish(report, records, failed)
+        except MlflowException as e:
+            raise TrackingError(
+                f"MLflow at {self._plan.manifest.tracking.uri} failed: {e.message}; "
+                "everything is in the store: type the same command again to track it"
+            ) from e
+
+    def _finish(self, report: RunReport, records: Mapping[str, Record], failed: bool) -> None:
         for row, candidate in zip(report.rows, self._plan.candidates, strict=True):
             self._candidate(row, [r for s in _steps_of(candidate) if (r := records.get(s.key))])
         metrics = {

@@ -45,12 +45,12 @@ class Head:
     address: str
     env: dict[str, str]
 
-    def get(self, path: str, token: str | None) -> int:
-        """HTTP status of a request, with or without a token."""
+    def request(self, path: str, token: str | None, body: bytes | None = None) -> int:
+        """HTTP status of a GET, or of a POST with a body, with or without a token."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(self.address + path, headers=headers), timeout=5
+                urllib.request.Request(self.address + path, body, headers), timeout=30
             ) as reply:
                 return reply.status
         except urllib.error.HTTPError as e:
@@ -91,7 +91,8 @@ def _wait_until_up(head: Head, process: subprocess.Popen[bytes], log: Path) -> N
     deadline = time.monotonic() + 120
     while True:
         try:
-            if head.get("/api/jobs/", head.env["RAY_AUTH_TOKEN"]) == 200:
+            # The dashboard answers before the agent that runs jobs is there, so a job is the proof.
+            if head.request("/api/jobs/", head.env["RAY_AUTH_TOKEN"], b'{"entrypoint": "true"}') == 200:
                 return
         except OSError:
             pass  # nobody listens yet
@@ -130,8 +131,8 @@ def plan_of(manifest: Path) -> Plan:
 
 
 def test_head_without_the_token_refuses_with_401(head: Head) -> None:
-    assert head.get("/api/jobs/", None) == 401
-    assert head.get("/api/jobs/", "0" * 64) in (401, 403)
+    assert head.request("/api/jobs/", None) == 401
+    assert head.request("/api/jobs/", "0" * 64) in (401, 403)
 
     refused = submit(head, "true", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="")
 

@@ -21,7 +21,13 @@ from mlflow.tracking import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fleet.coordinator import RunResult
+from fleet.errors import TrackingError
+from fleet.manifest import load_manifest
+from fleet.plan import make_plan
 from fleet.realign import main
+from fleet.report import make_report
+from fleet.tracking import Tracker
 from tests.catalogue import manifest_document, write_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -149,16 +155,25 @@ def test_run_tracked_by_a_server_has_the_same_numbers(finished: Finished, catalo
                 time.sleep(0.5)
         document = manifest_document(catalogue, finished.work)
         document["tracking"] |= {"uri": uri}
-        assert main(["--manifest", str(write_manifest(tmp_path / "models.json", document))]) == 0
+        path = tmp_path / "models.json"
+        assert main(["--manifest", str(write_manifest(path, document))]) == 2, "a server registers no local path"
+        document["tracking"]["register_as"] = None
+        assert main(["--manifest", str(write_manifest(path, document))]) == 0
         client = MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("pico")
         assert experiment is not None
         found = {r.info.run_name: r.data.metrics for r in client.search_runs([experiment.experiment_id])}
         expected = {name: run.data.metrics for name, run in runs_of(finished).items()}
         assert {n: found[n] for n in rows(finished)} == {n: expected[n] for n in rows(finished)}
+        plan = make_plan(load_manifest(path))
+        result = RunResult(records=dict(plan.done))
+        tracker = Tracker(plan)
+        tracker.start()
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=20)
+    with pytest.raises(TrackingError, match="type the same command again"):
+        tracker.finish(make_report(plan, result), result.records, failed=False)
 
 
 def test_run_registers_every_fused_variant(finished: Finished) -> None:
@@ -263,7 +278,7 @@ def changed(document: dict[str, Any], case: str, catalogue: Path, tmp_path: Path
         (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
         document["models"][2]["source"] = str(broken)
     elif case == "no mlflow server":
-        document["tracking"]["uri"] = "http://127.0.0.1:9"
+        document["tracking"] |= {"uri": "http://127.0.0.1:9", "register_as": None}
     return document
 
 
