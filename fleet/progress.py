@@ -34,6 +34,7 @@ class RunProgress:
         self._done = {kind: sum(s.kind == kind and s.key in done for s in steps) for kind in _KINDS}
         self._work: dict[Kind, float] = dict.fromkeys(_KINDS, 0.0)
         self._first: dict[Kind, float] = {}
+        self._latest: dict[Kind, float] = {}
         self._live: Progress | None = None
         self._bars: dict[Kind, TaskID] = {}
         self._last_line = time.monotonic()
@@ -65,6 +66,7 @@ class RunProgress:
     def worked(self, kind: Kind, amount: float) -> None:
         """A unit is done: `amount` bytes read, or prompts scored."""
         self._work[kind] += amount
+        self._latest[kind] = time.monotonic()
         self._show(kind)
 
     def finished(self, step: Step, seconds: float) -> None:
@@ -89,5 +91,5 @@ class RunProgress:
     def _rate(self, kind: Kind) -> str:
         if not self._work[kind]:
             return ""
-        per_second = self._work[kind] / max(time.monotonic() - self._first[kind], 1e-3)
+        per_second = self._work[kind] / max(self._latest[kind] - self._first[kind], 1e-3)
         return f" {per_second:.1f} prompts/s" if kind == "score" else f" {per_second / 1e6:.1f} MB/s"
