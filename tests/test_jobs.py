@@ -75,6 +75,8 @@ def head() -> Generator[Head]:
         str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--disable-usage-stats", f"--temp-dir={folder}",
         f"--port={free_port()}", f"--ray-client-server-port={free_port()}", "--min-worker-port=0",
         "--max-worker-port=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={(dashboard := free_port())}",
+        # Its default is one fixed port, which the session's own Ray holds; without an agent no job ever starts.
+        f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     with open(folder / "head.log", "w") as log:
         process = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=log, stderr=log, start_new_session=True)
