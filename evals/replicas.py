@@ -100,19 +100,19 @@ class Replica:
         if candidate.identity == self.candidate.identity:
             self.candidate = candidate
             return
-        folder = candidate.model_dir or candidate.adapter_dir
         if candidate.adapter_dir is not None:
             self._check_adapter(candidate, candidate.adapter_dir)
         elif candidate.model_dir is not None and candidate.model_dir != self.model_dir:
             self._check_weights(candidate, candidate.model_dir)
-        tokenizer = self._candidate_tokenizer(candidate, folder)
+        # An adapter is prompted as the aligned model, so that it and what is made of it meet the same prompts.
+        tokenizer = self._candidate_tokenizer(candidate, candidate.model_dir)
 
         self._drop_lora()
         self._swap_weights(candidate.model_dir or self.model_dir)
         if candidate.adapter_dir is not None:
             self._add_lora(candidate, candidate.adapter_dir)
         self.tokenizer = tokenizer
-        self._stop_token_ids = _stop_token_ids(folder or self.model_dir, tokenizer)
+        self._stop_token_ids = _stop_token_ids(candidate.model_dir or self.model_dir, tokenizer)
         self.candidate = candidate
 
     def chat_prompt(self, messages: str | Sequence[Message]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from evals.engine import LORA_MODULES, EngineOptions, engine_env
 from evals.suites import Suite
@@ -141,8 +142,9 @@ def start_ray(address: str | None, placement: Placement) -> None:
         return
     try:
         ray.init(address=address, **quiet)
-    except ConnectionError as e:
-        raise InputError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from e
+    except (ConnectionError, ValueError, RuntimeError, RayError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise InputError(f"no Ray cluster at {address}: {reason}; start one with `ray start --head`") from e
     _warn_if_too_small(placement)
 
 

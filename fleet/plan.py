@@ -13,11 +13,11 @@ from pathlib import Path
 
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
 from fleet.checkpoint.models import Adapter, Model, check_belongs, is_companion, read_model, require_full_model
-from fleet.errors import CheckpointError, ManifestError
+from fleet.errors import CheckpointError, ManifestError, SuiteError
 from fleet.identity import digest
 from fleet.manifest import Manifest
 from fleet.record import Record, Step, read_record
-from fleet.steps import Bases, Candidate, Source, StepBuilder
+from fleet.steps import MAX_SERVED_RANK, Bases, Candidate, Source, StepBuilder
 from fleet.store import Folder, Store, open_folder, open_store
 
 _READERS = 16
@@ -77,6 +77,12 @@ def make_plan(manifest: Manifest) -> Plan:
     suites = _load_suites(manifest)
     builder = StepBuilder(manifest, bases, models, suites)
     candidates = builder.candidates()
+    for candidate in candidates:
+        if (rank := candidate.weights.max_rank) > MAX_SERVED_RANK:
+            raise ManifestError(
+                f"{candidate.name}: its adapter could reach rank {rank}, and vLLM serves at most {MAX_SERVED_RANK}; "
+                "fold it into its base (PEFT's merge_and_unload) and give the full model"
+            )
     steps = tuple(builder.steps.values())
     return Plan(manifest, store, bases, suites, candidates, steps, _done(store, steps))
 
@@ -118,6 +124,8 @@ def _load_suites(manifest: Manifest) -> dict[str, Suite]:
     for name, kind in wanted:
         if name not in suites:
             suites[name] = load_suite(name, folders)
+        if suites[name].name != name:
+            raise SuiteError(f"suite {name}: its file calls it {suites[name].name}; make the two names the same")
         if suites[name].kind != kind:
             raise ManifestError(f"suite {name} is a suite of {suites[name].kind}, but the manifest lists it as {kind}")
     return suites

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import ray
 from ray.actor import ActorClass, ActorHandle
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 
 from evals.engine import UnservableError
 from fleet.errors import FleetError, StepFailedError, StoreError, SuiteError
@@ -101,6 +101,8 @@ class Pool:
         self._queue: deque[Task] = deque()
         self._starting: dict[Ref, _Starting] = {}
         self._num_start_failures = 0
+        self._last_up = time.monotonic()
+        """When an actor was last there to work; a pool without one for too long gives up."""
         self._idle: list[ActorHandle] = []
         self._running: dict[Ref, _Running] = {}
 
@@ -153,11 +155,12 @@ class Pool:
         actor = self._starting.pop(ref).actor
         try:
             ray.get(ref)
-        except (RayActorError, WorkerCrashedError, RayTaskError) as e:
+        except RayError as e:
             self._kill(actor)
             self._num_start_failures += 1
             logger.warning("%s: failed to start (%d): %s", self.name, self._num_start_failures, _summary(e))
-            return self._give_up(e) if self._num_start_failures > self._retries else []
+            alone = not (self._idle or self._running or self._starting)
+            return self._give_up(e) if alone and self._num_start_failures > self._retries else []
         self._num_start_failures = 0
         self._idle.append(actor)
         return []
@@ -176,7 +179,7 @@ class Pool:
             else:
                 self._idle.append(running.actor)
             return self._again(task, cause) if transient else [Outcome(task, error=cause, seconds=seconds)]
-        except (RayActorError, WorkerCrashedError) as e:
+        except RayError as e:  # its actor died: a crash, a lost node, the memory monitor
             self._kill(running.actor)
             return self._again(task, e)
         self._idle.append(running.actor)
@@ -197,8 +200,10 @@ class Pool:
                         "if the unit really needs longer, raise placement.unit_timeout_seconds"
                     ),
                 )
-        if self._starting and not self._idle and not self._running:
-            waited = now - min(s.started for s in self._starting.values())
+        if self._idle or self._running:
+            self._last_up = now
+        elif self._starting:
+            waited = now - max(min(s.started for s in self._starting.values()), self._last_up)
             if waited > self._unit_timeout_seconds:
                 outcomes += self._give_up(
                     StepFailedError(

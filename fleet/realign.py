@@ -86,10 +86,11 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     from fleet.tracking import Tracker
 
     tracker = Tracker(plan)
+    if plan.pending:
+        start_ray(address, plan.manifest.placement)
     tracker.start()
     console.print(f"run {plan.run_id}: {len(plan.steps)} steps, {len(plan.done)} done already")
     if plan.pending:
-        start_ray(address, plan.manifest.placement)
         with RunProgress(plan.steps, set(plan.done), console) as progress:
             result = Coordinator(plan, progress).run()
     else:

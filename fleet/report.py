@@ -158,15 +158,22 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
 
 
 def _gate(plan: Plan, candidate: Candidate, logs: _Logs) -> GateResult:
-    """Tasks are compared with the model that was fine-tuned for them."""
-    expert = {suite: m.name for m in plan.manifest.models for suite in m.suites}
+    """Tasks are compared with the candidate's own model that was fine-tuned for them; of several, with the best."""
     by_name = {c.name: c for c in plan.candidates}
     mine = {suite: log for suite in candidate.scores if (log := logs.log(candidate, suite))}
-    references = {
-        suite: log for suite in candidate.scores if suite in expert and (log := logs.log(by_name[expert[suite]], suite))
-    }
+    references: dict[str, EvalLog] = {}
+    for suite in candidate.scores:
+        experts = [m.name for m in plan.manifest.models if m.name in candidate.models and suite in m.suites]
+        scored = [log for name in experts if (log := logs.log(by_name[name], suite)) and log.rate.value is not None]
+        if scored:
+            references[suite] = max(scored, key=_goodness)
     suites = [plan.suites[name] for name in candidate.scores]
     return gate(mine, references, suites, plan.manifest.gates)
+
+
+def _goodness(log: EvalLog) -> float:
+    value = log.rate.value or 0.0
+    return value if log.rate.higher_is_better else -value
 
 
 def write_report(plan: Plan, report: RunReport) -> str:
@@ -336,7 +343,7 @@ def _chart(report: RunReport) -> str:
     figure = go.Figure()
     for role, title in _ROLE_NAMES.items():
         points = [(r.name, *_harm_and_accuracy(r)) for r in report.rows if r.role == role]
-        points = [p for p in points if p[1] is not None and p[2] is not None]
+        points = [p for p in points if p[1] is not None and p[1].value is not None and p[2] is not None]
         if not points:
             continue
         rates = [p[1] for p in points if p[1] is not None]

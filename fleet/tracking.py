@@ -49,14 +49,18 @@ class Tracker:
                 "tracking.register_as: an MLflow server registers no path of this machine; "
                 "set artifacts to s3://…, or leave register_as out"
             )
-        self._client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
         try:
+            self._client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
             experiment = self._client.get_experiment_by_name(tracking.experiment)
             self._experiment = (
                 experiment.experiment_id if experiment else self._client.create_experiment(tracking.experiment)
             )
         except MlflowException as e:
             raise InputError(f"tracking.uri: {tracking.uri} doesn't answer as an MLflow store: {e.message}") from e
+        if experiment and experiment.lifecycle_stage == "deleted":
+            raise InputError(
+                f"tracking.experiment: {tracking.experiment} was deleted in MLflow; restore it, or choose another name"
+            )
         self.run_id = ""
 
     @property
@@ -165,8 +169,15 @@ class Tracker:
             tags = {"fleet.variant": row.name, "fleet.gate": row.gate or ""}
             for tag, value in tags.items():
                 self._client.set_model_version_tag(name, known[row.identity], tag, value)
+        self._withdraw_alias(name, known, report)
         if report.best is not None:
             self._client.set_registered_model_alias(name, "realigned", known[report.row(report.best).identity])
+
+    def _withdraw_alias(self, name: str, known: dict[str, str], report: RunReport) -> None:
+        """Take the alias from a version of this run that no longer passes."""
+        failed = {str(known[r.identity]) for r in report.rows if r.identity in known and r.gate != "pass"}
+        if str(self._client.get_registered_model(name).aliases.get("realigned")) in failed:
+            self._client.delete_registered_model_alias(name, "realigned")
 
     def _find(self, key: str) -> Run | None:
         runs = self._client.search_runs([self._experiment], filter_string=f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)

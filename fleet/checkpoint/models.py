@@ -205,6 +205,11 @@ def _lora_module(where: str, config: dict[str, Json], module: str, factors: dict
         raise CheckpointError(f"{where}: module {module} has only lora_{''.join(factors)}; its other factor is missing")
     a, b = factors["A"], factors["B"]
     rank = a.shape[0]
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), int | float):
+            raise CheckpointError(f"{where}: adapter_config.json: {field} is {config.get(field)!r}, not a number")
+    if rank == 0:
+        raise CheckpointError(f"{where}: module {module}: lora_A is {a.shape}, an update of rank 0")
     declared = pattern_value(config.get("rank_pattern"), module, float(config["r"]))  # type: ignore[arg-type]
     if b.shape[1] != rank or rank != declared:
         raise CheckpointError(
@@ -247,6 +252,11 @@ def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
         shape = (module.b.shape[0], module.a.shape[1])
         if base is None:
             problems.append(f"module {name} is not in the base")
+        elif set(name.split(".")) & set(MODULE_EXCLUDED):
+            problems.append(
+                f"module {name} is an embedding or the output head, which no engine serves as LoRA; "
+                "fold the adapter in (PEFT's merge_and_unload) and give the full model"
+            )
         elif base.shape != shape:
             problems.append(f"module {name} is {shape}, but the base's is {base.shape}")
     return problems

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evals.logs import EvalLog, Sample
+from evals.rates import Rate
+from fleet.coordinator import RunResult
+from fleet.errors import SuiteError
+from fleet.manifest import load_manifest
+from fleet.plan import make_plan
+from fleet.record import Record, attempt_prefix, package_versions
+from fleet.report import make_report
+from fleet.scoring import SAMPLES_FILE
+from tests.catalogue import manifest_document, write_manifest
+
+
+def log_of(suite: str, kind: str, digest: str, scores: list[float]) -> EvalLog:
+    samples = tuple(
+        Sample(id=str(i), prompt="p", input="p", completion="c", target="", score=s, label="l", reason="r")
+        for i, s in enumerate(scores)
+    )
+    return EvalLog(
+        suite=suite,
+        suite_digest=digest,
+        kind=kind,
+        metric="m",
+        rate=Rate.of(scores),
+        samples=samples,  # type: ignore[arg-type]
+    )
+
+
+def test_gate_compares_a_model_with_itself_when_two_share_a_suite(catalogue: Path, tmp_path: Path) -> None:
+    """`lora` is perfect and `full` is not: each is held against its own log, and the fusion against the better."""
+    plan = make_plan(load_manifest(write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path))))
+    records: dict[str, Record] = {}
+    for candidate in plan.candidates:
+        for suite, step in candidate.scores.items():
+            good = candidate.name != "full" and candidate.role != "fused"
+            scores = [0.0] * 200 if suite == "harm" else [1.0 if good else 0.0] * 200
+            log = log_of(suite, plan.suites[suite].kind, plan.suites[suite].digest, scores)
+            records[step.key] = Record(
+                kind="score", name=step.name, fingerprint=step.fingerprint, algorithm_version=1, spec=step.spec,
+                inputs=step.inputs, deps=(), attempt="a", files={}, result=log.summary(), finished_at="", seconds=0.0,
+                versions=package_versions(),
+            )  # fmt: skip
+            plan.store.replace(f"{attempt_prefix(step, 'a')}/{SAMPLES_FILE}", log.samples_jsonl().encode())
+    gates = {row.name: row.gate for row in make_report(plan, RunResult(records=records)).rows}
+    assert gates["lora"] == "pass"
+    assert gates["full"] == "pass"
+    assert gates["plain"] == "fail"
+
+
+def test_suite_whose_file_calls_it_otherwise_refused(catalogue: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text((catalogue / "suites" / "harm.yaml").read_text())
+    (tmp_path / "harm.jsonl").write_text('{"prompt": "x"}\n')
+    document = manifest_document(catalogue, tmp_path)
+    document["evaluation"] |= {"harmfulness": ["other"], "folders": [str(tmp_path), str(catalogue / "suites")]}
+    with pytest.raises(SuiteError, match="other: its file calls it harm"):
+        make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
