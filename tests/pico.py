@@ -11,7 +11,7 @@ import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -65,10 +65,12 @@ def make_model(
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     shards: int = 1,
     tie: bool = True,
+    attention_bias: bool = False,
 ) -> Path:
     """Writes a pico Llama with its tokenizer into `folder`, and returns `folder`.
 
-    `shards` > 1 writes that many safetensors files and their index; with `tie` there is no lm_head tensor.
+    `shards` > 1 writes that many safetensors files and their index; with `tie` there is no lm_head tensor; with
+    `attention_bias` the projections of the attention have biases.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -83,6 +85,7 @@ def make_model(
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=tie,
+        attention_bias=attention_bias,
         bos_token_id=SPECIAL_TOKENS.index("<s>"),
         eos_token_id=SPECIAL_TOKENS.index("</s>"),
         pad_token_id=SPECIAL_TOKENS.index("</s>"),
@@ -99,7 +102,7 @@ def make_model(
             if "embed" in name or "lm_head" in name:
                 # Special tokens, the EOS among them, stay improbable: completions run to their limit.
                 parameter[: len(SPECIAL_TOKENS)] *= 0.1
-    model.to(dtype=getattr(torch, dtype))
+    model.to(dtype=getattr(torch, dtype))  # type: ignore[call-arg]  # transformers' decorator hides `self`
     # One saved generation config, greedy and without limits of its own.
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -119,20 +122,37 @@ def make_model(
     return folder
 
 
+def make_gpt2(folder: Path, seed: int) -> Path:
+    """Writes a pico GPT-2, whose modules are Conv1Ds and whose head is tied, into `folder`, and returns `folder`."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=HIDDEN_SIZE, n_layer=2, n_head=4))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_adapter(
     folder: Path,
     model_dir: Path,
     seed: int,
     rank: int = 4,
     alpha: float = 8,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] | str = ("q_proj", "v_proj"),
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> Path:
     """Writes a PEFT LoRA adapter of the model at `model_dir` into `folder`, and returns `folder`.
 
-    PEFT itself writes it; both factors are drawn, so that the adapter changes the model visibly.
+    PEFT itself writes it; both factors are drawn, so that the adapter changes the model visibly. `targets` as a string
+    is PEFT's regular expression or shorthand; `options` are more fields of LoraConfig, and whatever they make trainable
+    is moved too.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -142,19 +162,51 @@ def make_adapter(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; floats are fine
-        target_modules=list(targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=use_rslora,
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
+        **options,
     )
     peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(peft_model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            if not parameter.requires_grad:
+                continue
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+            # A magnitude, a bias or a saved module starts from the base's; a factor does not.
+            parameter.copy_(
+                drawn if "lora_A" in name or "lora_B" in name or "lora_embedding" in name else parameter + drawn
+            )
     peft_model.save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Writes a checkpoint of these tensors and this `config.json` into `folder`, and returns `folder`."""
+    return _write(folder, "config.json", config, "model.safetensors", tensors)
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Writes an adapter of these tensors, named without PEFT's prefix, into `folder`, and returns `folder`.
+
+    `config` is what differs from a LoRA of rank 1 and alpha 1.
+    """
+    full = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, **config}
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    return _write(folder, "adapter_config.json", full, "adapter_model.safetensors", named)
+
+
+def _write(
+    folder: Path, config_file: str, config: Mapping[str, Any], file: str, tensors: Mapping[str, torch.Tensor]
+) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / config_file).write_text(json.dumps(config))
+    save_file(dict(tensors), folder / file, metadata={"format": "pt"})
     return folder
 
 

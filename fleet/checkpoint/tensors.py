@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from fleet.checkpoint.headers import DTYPE_BYTES, TensorInfo
+from fleet.checkpoint.headers import KNOWN_DTYPE_BYTES, TensorInfo
 from fleet.errors import CheckpointError
 from fleet.store import Folder, Store
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _ALIGNMENT_BYTES = 8
 
 
@@ -27,7 +27,7 @@ class TensorLayout(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * KNOWN_DTYPE_BYTES[self.dtype]
 
 
 class WrittenFile(NamedTuple):
@@ -39,11 +39,21 @@ class WrittenFile(NamedTuple):
 
 def read_tensor(folder: Folder, info: TensorInfo) -> torch.Tensor:
     """The tensor in its own dtype, in memory of its own."""
-    if info.num_bytes == 0:
-        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-    buffer = bytearray(info.num_bytes)
-    folder.read_into(info.file, info.start, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape)
+    return _read(folder, info, info.start, info.num_bytes).reshape(info.shape)
+
+
+def read_rows(folder: Folder, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a tensor, all axes but the last taken as rows: (stop − start, columns), its own dtype."""
+    columns = info.shape[-1] if info.shape else 1
+    row_bytes = columns * KNOWN_DTYPE_BYTES[info.dtype]
+    return _read(folder, info, info.start + start * row_bytes, (stop - start) * row_bytes).reshape(-1, columns)
+
+
+def _read(folder: Folder, info: TensorInfo, offset: int, num_bytes: int) -> torch.Tensor:
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    if num_bytes:
+        folder.read_into(info.file, offset, data.numpy().data)
+    return data.view(TORCH_DTYPES[info.dtype])
 
 
 def write_tensors(
