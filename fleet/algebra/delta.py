@@ -1,11 +1,9 @@
-"""Task vectors of one tensor, low-rank or dense, behind the same two operators.
+"""Task vectors of one module, low-rank or dense, behind the same few operators.
 
 A `Delta` is always the product-space update ΔW of one tensor relative to the aligned model, in float32. Sums of LoRA
 updates are exact: B_1A_1 + B_2A_2 = [B_1 B_2][A_1; A_2], so no d_out × d_in matrix is built and the result is again a
-LoRA (`methods.md` §8.4). Adding factors instead would add cross terms.
-
-The same code runs on meta tensors, which have shapes and no values: that is how an output is laid out before any weight
-is read.
+LoRA (`methods.md` §8.4). Adding factors instead would add cross terms. A projection from the left or the right touches
+one factor only, and keeps the rank.
 """
 
 from __future__ import annotations
@@ -39,6 +37,31 @@ class LowRank:
             return LowRank(torch.cat((self.b, other.b), dim=1), torch.cat((self.a, other.a), dim=0))
         return other.plus(self)
 
+    def minus(self, other: Delta) -> Delta:
+        return self.plus(other.scaled(-1.0))
+
+    def onto_left(self, basis: torch.Tensor) -> LowRank:
+        """U Uᵀ ΔW for a basis U (d_out, k) with orthonormal columns."""
+        return LowRank(basis @ (basis.T @ self.b), self.a)
+
+    def outside_left(self, basis: torch.Tensor) -> LowRank:
+        """(I − U Uᵀ) ΔW for a basis U (d_out, k) with orthonormal columns."""
+        return LowRank(self.b - basis @ (basis.T @ self.b), self.a)
+
+    def weighted_right(self, basis: torch.Tensor, inside: float, outside: float) -> LowRank:
+        """ΔW (inside · R Rᵀ + outside · (I − R Rᵀ)) for a basis R (d_in, k) with orthonormal columns."""
+        return LowRank(self.b, outside * self.a + (inside - outside) * (self.a @ basis) @ basis.T)
+
+    def energies(self, basis: torch.Tensor) -> torch.Tensor:
+        """‖u_iᵀ ΔW‖² of every column u_i of a basis (d_out, k): (k,), float64."""
+        rows, a = (basis.T @ self.b).double(), self.a.double()
+        return ((rows @ (a @ a.T)) * rows).sum(dim=1)
+
+    def norm(self) -> float:
+        """‖ΔW‖, Frobenius, from r × r Grams in float64."""
+        b, a = self.b.double(), self.a.double()
+        return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) ** 0.5
+
     def dense(self) -> torch.Tensor:
         return self.b @ self.a
 
@@ -59,8 +82,36 @@ class Dense:
     def plus(self, other: Delta) -> Dense:
         return Dense(self.value + other.dense())
 
+    def minus(self, other: Delta) -> Dense:
+        return Dense(self.value - other.dense())
+
+    def onto_left(self, basis: torch.Tensor) -> Dense:
+        """U Uᵀ ΔW for a basis U (d_out, k) with orthonormal columns."""
+        return Dense(basis @ (basis.T @ self.value))
+
+    def outside_left(self, basis: torch.Tensor) -> Dense:
+        """(I − U Uᵀ) ΔW for a basis U (d_out, k) with orthonormal columns."""
+        return Dense(self.value - basis @ (basis.T @ self.value))
+
+    def weighted_right(self, basis: torch.Tensor, inside: float, outside: float) -> Dense:
+        """ΔW (inside · R Rᵀ + outside · (I − R Rᵀ)) for a basis R (d_in, k) with orthonormal columns."""
+        return Dense(outside * self.value + (inside - outside) * (self.value @ basis) @ basis.T)
+
+    def energies(self, basis: torch.Tensor) -> torch.Tensor:
+        """‖u_iᵀ ΔW‖² of every column u_i of a basis (d_out, k): (k,), float64."""
+        return (basis.T @ self.value).double().square().sum(dim=1)
+
+    def norm(self) -> float:
+        """‖ΔW‖, Frobenius, in float64."""
+        return float(torch.linalg.vector_norm(self.value, dtype=torch.float64))
+
     def dense(self) -> torch.Tensor:
         return self.value
 
 
 Delta: TypeAlias = LowRank | Dense
+
+
+def zero(shape: tuple[int, ...], rank: int = 0) -> LowRank:
+    """The task vector of a module that a model leaves alone, float32."""
+    return LowRank(torch.zeros(shape[0], rank), torch.zeros(rank, shape[1]))

@@ -1,24 +1,51 @@
-"""How one module's task vector stands to the safety displacement V = W_aligned − W_unaligned, exactly and cheaply.
+"""How a module's task vectors stand to the safety displacement V = W_aligned − W_unaligned, exactly and cheaply.
 
 With ΔW = BA, M = VᵀB (d_in × r), N = VM (d_out × r) and the r × r Grams G_X = XᵀX (G_A = AAᵀ), every inner product that
 ρ, gain and lift need is ⟨G_X, G_A⟩ (`methods.md` §8.1). Two skinny products, 4·d_out·d_in·r flops, replace the
-d_out × d_out operator C = VVᵀ/‖V‖ of the papers. Products are float32; Grams are float64, because they square the
-condition number.
+d_out × d_out operator C = VVᵀ/‖V‖ of the papers; the B factors of a whole catalogue are stacked side by side, so that
+V is read once for all of them (§8.8). Products are float32; Grams are float64, because they square the condition
+number. N serves ρ and gain alone, and is left out where nobody asks for them: lift needs half the flops.
+
+What ρ is where ΔW is indifferent to V depends on V's spectrum, so it is drawn (§8.2): Gaussian probes ω through V give
+triples (‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖²), once per pair of base models. An adapter's null then mixes such triples with the
+eigenvalues of its own G_A, which is exactly a random B in its place, and costs no product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank
+from fleet.algebra.row_blocks import RowBlocks
+from fleet.algebra.spectral import Triplets
 
 UNDEFINED_NORM = 1e-12
 """Below this Frobenius norm a matrix has no direction in float32 worth comparing, and its statistics are undefined."""
 
+NUM_PROBES = 64
+"""Gaussian vectors through V, from which the nulls of ρ are drawn."""
+
+NUM_DRAWS = 256
+"""Random stand-ins for an adapter's B, mixed from the probes."""
+
 DENSE_COLUMNS = 1024
 """A dense ΔW is taken this many columns at a time, so that VᵀΔW and VVᵀΔW never stand whole."""
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """V's own part of one module: what every adapter's statistics use, and no adapter changes."""
+
+    norm: float
+    """‖V‖, Frobenius."""
+    probes: torch.Tensor | None
+    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of each probe; None where ρ was not asked for."""
+    basis: Triplets | None
+    """V's leading singular triplets; None where no directions were asked for."""
 
 
 class DeltaStatistics(NamedTuple):
@@ -27,65 +54,151 @@ class DeltaStatistics(NamedTuple):
     delta_norm: float
     safety_norm: float
     rho: float | None
+    rho_null: float | None
+    rho_null_sd: float | None
     lift: float | None
     gain: float | None
     cosine: float | None
+    energies: tuple[float, ...] | None
 
 
-def delta_statistics(safety_direction: torch.Tensor, delta: Delta) -> DeltaStatistics:
-    """Statistics of ΔW against V.
+def delta_statistics(v: RowBlocks, displacement: Displacement, deltas: Mapping[str, Delta]) -> dict[str, Measured]:
+    """Statistics of many models' ΔW in one module; V goes through memory twice, however many models there are.
 
     Args:
-        safety_direction: V, (d_out, d_in), float32 (or float64 for tests).
-        delta: ΔW of the same shape; B and A of the same dtype as V.
-
-    Returns:
-        None for rho, lift, gain and cosine where ‖ΔW‖ or ‖V‖ is below `UNDEFINED_NORM`.
+        v: V, (d_out, d_in), float32 (or float64 for tests).
+        displacement: V's own part; ρ, gain and the projection are measured if it has probes.
+        deltas: model -> ΔW of the same shape and dtype.
     """
-    inner = (
-        _low_rank_inner(safety_direction, delta)
-        if isinstance(delta, LowRank)
-        else _dense_inner(safety_direction, delta)
-    )
-    safety_norm = float(torch.linalg.vector_norm(safety_direction, dtype=torch.float64))
-    delta_norm = max(inner.dd, 0.0) ** 0.5
-    if delta_norm < UNDEFINED_NORM or safety_norm < UNDEFINED_NORM:
-        return DeltaStatistics(delta_norm, safety_norm, None, None, None, None)
-    gain = (inner.nn / inner.dd) ** 0.5 / safety_norm
-    lift = safety_direction.shape[0] * inner.mm / (safety_norm**2 * inner.dd)
-    cosine = inner.vd / (safety_norm * delta_norm)
-    # VVᵀΔW = 0 means that ΔW is orthogonal to all of V: an angle of 90 degrees, not an undefined one.
-    rho = inner.mm / (inner.nn * inner.dd) ** 0.5 if inner.nn > 0.0 else 0.0
-    return DeltaStatistics(delta_norm, safety_norm, min(rho, 1.0), lift, gain, cosine)
+    names = [name for name, d in deltas.items() if isinstance(d, LowRank)]
+    low_rank = [d for d in deltas.values() if isinstance(d, LowRank)]
+    found: dict[str, Measured] = {}
+    if low_rank:
+        b = torch.cat([d.b for d in low_rank], dim=1)
+        m, n = _products(v, b, displacement.probes is not None)
+        ranks = [d.rank for d in low_rank]
+        ns = [None] * len(names) if n is None else n.split(ranks, dim=1)
+        for name, delta, m_i, n_i in zip(names, low_rank, m.split(ranks, dim=1), ns, strict=True):
+            found[name] = _low_rank(v.shape, displacement, delta, m_i, n_i)
+    for name, delta in deltas.items():
+        if isinstance(delta, Dense):
+            found[name] = _dense(v, displacement, delta)
+    return found
+
+
+class Measured(NamedTuple):
+    """Statistics of one ΔW, and the factor B of VVᵀΔW/‖V‖ (d_out, r) if ΔW is low-rank and ρ was asked for."""
+
+    statistics: DeltaStatistics
+    projected_b: torch.Tensor | None
+
+
+def probe_triples(v: RowBlocks, generator: torch.Generator) -> torch.Tensor:
+    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of standard normal ω. 4·d_out·d_in·`NUM_PROBES` flops."""
+    omega = torch.randn(v.shape[0], NUM_PROBES, generator=generator, dtype=v.dtype)
+    m, n = _products(v, omega, True)
+    assert n is not None
+    return torch.stack([x.double().square().sum(dim=0) for x in (omega, m, n)], dim=1)
+
+
+def rho_null(probes: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of ρ over random B with a fixed A (`methods.md` §8.2).
+
+    A Gaussian B has the same law in every orthonormal basis of the rank space, so ⟨G_X, G_A⟩ = Σ_j λ_j‖x_j‖² with the
+    eigenvalues λ of G_A and one independent probe per j.
+
+    Args:
+        probes: (P, 3) triples, from `probe_triples`.
+        weights: (r,), the eigenvalues λ of G_A.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(probes.shape[0], (NUM_DRAWS, weights.shape[0]), generator=generator)
+    dd, mm, nn = torch.einsum("drx,r->xd", probes[chosen], weights.double())
+    rho = mm / (nn * dd).sqrt()
+    return float(rho.mean()), float(rho.std())
+
+
+def _products(v: RowBlocks, b: torch.Tensor, both: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """M = VᵀB and, if asked for, N = VM."""
+    m = v.transposed_times(b)
+    return m, v.times(m) if both else None
 
 
 class _Inner(NamedTuple):
-    """dd = ‖ΔW‖², mm = ‖VᵀΔW‖², nn = ‖VVᵀΔW‖², vd = ⟨V, ΔW⟩."""
+    """dd = ‖ΔW‖², mm = ‖VᵀΔW‖², nn = ‖VVᵀΔW‖² if asked for, vd = ⟨V, ΔW⟩."""
 
     dd: float
     mm: float
-    nn: float
+    nn: float | None
     vd: float
 
 
-def _low_rank_inner(v: torch.Tensor, delta: LowRank) -> _Inner:
-    b, a = delta.b, delta.a
-    m = v.T @ b
-    n = v @ m
-    a64, b64, m64, n64 = (x.double() for x in (a, b, m, n))
-    gram_a = a64 @ a64.T
-    dd, mm, nn = (float((x.T @ x * gram_a).sum()) for x in (b64, m64, n64))
-    return _Inner(dd, mm, nn, float((m64 * a64.T).sum()))
+def _low_rank(
+    shape: tuple[int, int], displacement: Displacement, delta: LowRank, m: torch.Tensor, n: torch.Tensor | None
+) -> Measured:
+    a, b, m64 = delta.a.double(), delta.b.double(), m.double()
+    gram_a = a @ a.T
+
+    def inner(x: torch.Tensor) -> float:
+        return float((x.T @ x * gram_a).sum())
+
+    found = _Inner(inner(b), inner(m64), None if n is None else inner(n.double()), float((m64 * a.T).sum()))
+    weights = torch.linalg.eigvalsh(gram_a).clamp_min(0.0)
+    statistics = _statistics(shape, displacement, found, weights, delta)
+    if n is None or statistics.rho is None:
+        return Measured(statistics, None)
+    return Measured(statistics, n / displacement.norm)
 
 
-def _dense_inner(v: torch.Tensor, delta: Dense) -> _Inner:
-    dd = mm = nn = vd = 0.0
-    for start in range(0, delta.value.shape[1], DENSE_COLUMNS):
+def _dense(v: RowBlocks, displacement: Displacement, delta: Dense) -> Measured:
+    dd = mm = vd = 0.0
+    both = displacement.probes is not None
+    nn = 0.0 if both else None
+    for start in range(0, v.shape[1], DENSE_COLUMNS):
         block = delta.value[:, start : start + DENSE_COLUMNS]
-        m = v.T @ block
-        n = v @ m
-        dd, mm, nn = (
-            total + float(x.double().square().sum()) for total, x in zip((dd, mm, nn), (block, m, n), strict=True)
-        )
-        vd += float((v[:, start : start + DENSE_COLUMNS].double() * block.double()).sum())
-    return _Inner(dd, mm, nn, vd)
+        m, n = _products(v, block, both)
+        dd += float(block.double().square().sum())
+        mm += float(m.double().square().sum())
+        vd += float(m[start : start + block.shape[1]].double().diagonal().sum())  # (Vᵀ ΔW)_jj, this block's columns
+        if n is not None and nn is not None:
+            nn += float(n.double().square().sum())
+    return Measured(
+        _statistics(v.shape, displacement, _Inner(dd, mm, nn, vd), _equal_weights(delta.value), delta), None
+    )
+
+
+def _equal_weights(value: torch.Tensor) -> torch.Tensor:
+    """As many equal eigenvalues of ΔWᵀΔW as give its participation ratio ‖ΔW‖⁴/‖ΔWᵀΔW‖² (at most the probes).
+
+    The denominator is Hutchinson's estimate, E‖ΔWᵀΔWω‖², whose error is far below the null's own spread.
+    """
+    generator = torch.Generator().manual_seed(0)
+    omega = torch.randn(value.shape[1], 16, generator=generator).to(value.dtype)
+    fourth = (value.T @ (value @ omega)).double().square().sum(dim=0).mean()
+    squared = value.double().square().sum()
+    ratio = float(squared**2 / fourth) if fourth > 0 else 1.0
+    return torch.ones(min(max(round(ratio), 1), NUM_PROBES))
+
+
+def _statistics(
+    shape: tuple[int, int], displacement: Displacement, inner: _Inner, weights: torch.Tensor, delta: Delta
+) -> DeltaStatistics:
+    safety_norm, delta_norm = displacement.norm, max(inner.dd, 0.0) ** 0.5
+    if delta_norm < UNDEFINED_NORM or safety_norm < UNDEFINED_NORM:
+        return DeltaStatistics(delta_norm, safety_norm, None, None, None, None, None, None, None)
+    lift = shape[0] * inner.mm / (safety_norm**2 * inner.dd)
+    cosine = inner.vd / (safety_norm * delta_norm)
+    rho = gain = null = null_sd = energies = None
+    if inner.nn is not None and displacement.probes is not None:
+        gain = (inner.nn / inner.dd) ** 0.5 / safety_norm
+        # VVᵀΔW = 0 means that ΔW is orthogonal to all of V: an angle of 90 degrees, not an undefined one.
+        rho = min(inner.mm / (inner.nn * inner.dd) ** 0.5, 1.0) if inner.nn > 0.0 else 0.0
+        null, null_sd = rho_null(displacement.probes, weights)
+    if displacement.basis is not None:
+        energies = tuple((delta.energies(displacement.basis.left) / inner.dd).tolist())
+    return DeltaStatistics(delta_norm, safety_norm, rho, null, null_sd, lift, gain, cosine, energies)
+
+
+def leading_energy(energies: Sequence[float], k: int) -> float:
+    """κ_k = Σ_{i≤k} e_i: the share of ‖ΔW‖² in V's k leading output directions; k/d_out where ΔW is indifferent."""
+    return sum(energies[:k])

@@ -1,0 +1,85 @@
+"""Truncated singular value decompositions, and LoRA recompression with its certificate.
+
+A LoRA's singular values are those of a small matrix: with B = Q_B R_B and Aᵀ = Q_A R_A (thin QR), BA = Q_B (R_B R_Aᵀ)
+Q_Aᵀ, so no d_out × d_in matrix is built. Cutting it to rank k loses exactly √(Σ_{i>k} σ_i²), and no rank-k matrix is
+closer (Eckart and Young, 1936): the residual is a certificate that a record can carry (`methods.md` §8.4).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fleet.algebra.delta import Delta, LowRank
+from fleet.algebra.row_blocks import RowBlocks
+
+EXACT_SIDE = 1024
+"""Up to this smaller side, a dense matrix gets a full SVD; above it, block power iteration finds the leading part."""
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+
+
+class Triplets(NamedTuple):
+    """The k leading singular triplets: left (d_out, k), values (k,), right (d_in, k)."""
+
+    left: torch.Tensor
+    values: torch.Tensor
+    right: torch.Tensor
+
+    def head(self, k: int) -> Triplets:
+        return Triplets(self.left[:, :k], self.values[:k], self.right[:, :k])
+
+    def low_rank(self) -> LowRank:
+        """U_k Σ_k R_kᵀ, the spectrum shared evenly between the factors."""
+        root = self.values.sqrt()
+        return LowRank(self.left * root, (self.right * root).T)
+
+
+def leading_triplets(matrix: RowBlocks, k: int, generator: torch.Generator) -> Triplets:
+    """The k leading singular triplets of a matrix (d_out, d_in); fewer, if it has fewer.
+
+    Above `EXACT_SIDE`, by block power iteration from a Gaussian start (Halko, Martinsson and Tropp, 2011, alg. 4.4):
+    2(2 + 2·`POWER_ITERATIONS`)·d_out·d_in·(k + `OVERSAMPLING`) flops.
+
+    Args:
+        generator: draws the start, so that the same seed gives the same triplets.
+    """
+    k = min(k, *matrix.shape)
+    if min(matrix.shape) <= EXACT_SIDE:
+        left, values, right = torch.linalg.svd(matrix.dense(), full_matrices=False)
+        return Triplets(left, values, right.T).head(k)
+    columns = min(k + OVERSAMPLING, *matrix.shape)
+    start = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix.times(start)).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix.times(torch.linalg.qr(matrix.transposed_times(basis)).Q)).Q
+    # The small side: basisᵀ X = (Xᵀ basis)ᵀ.
+    right, values, left = torch.linalg.svd(matrix.transposed_times(basis), full_matrices=False)
+    return Triplets(basis @ left.T, values, right).head(k)
+
+
+def low_rank_triplets(delta: LowRank) -> Triplets:
+    """All singular triplets of a LoRA's ΔW, in float64, from an r × r SVD."""
+    q_b, r_b = torch.linalg.qr(delta.b.double())
+    q_a, r_a = torch.linalg.qr(delta.a.double().T)
+    left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return Triplets(q_b @ left, values, q_a @ right.T)
+
+
+def truncated(delta: Delta, rank: int, generator: torch.Generator) -> tuple[LowRank, float]:
+    """The nearest ΔW of at most this rank, and what is lost: ‖ΔW − ΔW_k‖.
+
+    A LoRA of that rank or less comes back as it is, and loses nothing. For a LoRA the loss is the tail energy
+    √(Σ_{i>k} σ_i²); for a dense ΔW above `EXACT_SIDE` it is measured, not assumed, and may lie a little above it.
+    """
+    if isinstance(delta, LowRank):
+        if delta.rank <= rank:
+            return delta, 0.0
+        triplets = low_rank_triplets(delta)
+        lost = float(triplets.values[rank:].square().sum()) ** 0.5
+        kept = triplets.head(rank).low_rank()
+        return LowRank(kept.b.to(delta.b.dtype), kept.a.to(delta.a.dtype)), lost
+    kept = leading_triplets(RowBlocks.of(delta.value), rank, generator).low_rank()
+    return kept, delta.minus(kept).norm()
