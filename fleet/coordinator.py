@@ -15,8 +15,10 @@ import logging
 import math
 import os
 import secrets
+import socket
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,17 +29,20 @@ from ray.exceptions import RayError
 
 from evals.engine import LORA_MODULES, EngineOptions, engine_env
 from evals.suites import Suite
+from fleet.attribution import module_rows
 from fleet.checkpoint.headers import plan_shards, shard_name
-from fleet.checkpoint.models import touched_tensors
+from fleet.checkpoint.models import canonical_shape, module_views
 from fleet.errors import CheckpointError, InputError, StepFailedError
 from fleet.identity import KEY_DIGITS, Json
 from fleet.manifest import Placement
-from fleet.methods import ModuleStatistics
+from fleet.methods import Control, Decision, ModuleStatistics
+from fleet.outputs import Output, Shard
 from fleet.plan import Plan
 from fleet.pool import Outcome, Pool, Task
 from fleet.progress import RunProgress
 from fleet.record import (
     ALGORITHM_VERSIONS,
+    FileEntry,
     Record,
     Step,
     UnitRecord,
@@ -50,8 +55,9 @@ from fleet.record import (
     unit_key,
 )
 from fleet.scoring import ScoreUnit, ScoringWorker
-from fleet.steps import FuseStep, RealignStep, ScoreStep, Source, SurveyStep, Weights, identity_of
-from fleet.workers import FuseUnit, Member, Output, RealignUnit, Shard, SurveyResult, SurveyUnit, TensorWorker
+from fleet.steps import DisplacementStep, FuseStep, RealignStep, ScoreStep, Source, SurveyStep, Weights, identity_of
+from fleet.survey import SurveyResult, SurveyUnit
+from fleet.workers import FuseUnit, Member, RealignUnit, TensorWorker
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +71,12 @@ WORKER_ENV = {"OMP_NUM_THREADS": "1"}
 """Environment of the tensor workers: there are as many of them as there are cores, so one thread each."""
 
 _WAIT_SECONDS = 0.5
+_CONNECT_SECONDS = 10.0
 _SURVEY_PASS = "survey"
 """Task key of the pass that surveys all pending models together."""
+
+_OfSurvey = DisplacementStep | SurveyStep
+"""The steps that the pass does."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +150,28 @@ def start_ray(address: str | None, placement: Placement) -> None:
         if placement.replica_gpus > (gpus := ray.cluster_resources().get("GPU", 0)):
             raise InputError(f"placement.replica_gpus is {placement.replica_gpus}, but this machine has {gpus:g} GPUs")
         return
+    _require_listening(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, RayError) as e:
         reason = str(e).strip().split("\n")[0]
         raise InputError(f"no Ray cluster at {address}: {reason}; start one with `ray start --head`") from e
     _warn_if_too_small(placement)
+
+
+def _require_listening(address: str) -> None:
+    """Ray itself knocks for ten minutes at a port where nobody is.
+
+    Raises:
+        InputError: nothing listens at an address that is a host and a port.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as e:
+        raise InputError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from e
 
 
 def _warn_if_too_small(placement: Placement) -> None:
@@ -166,7 +192,7 @@ def engine_options(plan: Plan) -> EngineOptions:
     evaluation, placement = plan.manifest.evaluation, plan.manifest.placement
     limit = plan.bases.aligned_model.config.get("max_position_embeddings")
     own = int(limit) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN
-    targets = {m.rsplit(".", 1)[-1] for s in plan.adapters for m in s.modules}
+    targets = {module.rsplit(".", 1)[-1] for module in plan.lora_modules}
     return EngineOptions(
         max_model_len=evaluation.max_model_len or min(own, DEFAULT_MAX_MODEL_LEN),
         dtype=evaluation.dtype,
@@ -251,7 +277,7 @@ class Coordinator:
                 del self._waiting[step.key]
                 root = self._result.failures[broken.key]
                 self._result.failures[step.key] = Failure(step, root.error, cause=root.cause or broken.key)
-            elif step.kind != "survey" and all(n.key in self._result.records for n in needs):
+            elif not isinstance(step, _OfSurvey) and all(n.key in self._result.records for n in needs):
                 del self._waiting[step.key]
                 self._start(step)
 
@@ -275,37 +301,39 @@ class Coordinator:
         output = Output(self._plan.store.uri, attempt_prefix(step, attempt))
         match step:
             case RealignStep():
-                method = step.method
-                decisions = [method.decide(s) for s in self._statistics(step.survey)]
-                edited = frozenset(d.module for d in decisions if d.edit)
+                decisions, targets = self._decisions(step)
                 return [
                     RealignUnit(
                         aligned=self._plan.bases.aligned.uri,
+                        unaligned=self._plan.bases.unaligned.uri,
                         model=step.model.uri,
                         safety=step.safety.uri if step.safety else None,
-                        method=method,
-                        edited=edited,
+                        harmful=step.harmful.uri if step.harmful else None,
+                        displacement=self._folder(step.survey.displacement),
+                        projections=self._folder(step.survey) if "projection" in step.method.needs else None,
+                        method=step.method,
+                        edited=frozenset(d.module for d in decisions if d.edit),
+                        targets=targets,
+                        as_adapter=step.is_adapter,
                         shard=shard,
                         output=output,
                     )
-                    for shard in self._shards([step.model], step.is_adapter)
+                    for shard in self._shards(step)
                 ]
             case FuseStep():
                 coefficients = step.method.coefficients(list(step.members))
                 members = tuple(Member(self._uri(m), coefficients[name]) for name, m in step.members.items())
-                sources = [m if isinstance(m, Source) else m.model for m in step.members.values()]
                 return [
                     FuseUnit(self._plan.bases.aligned.uri, members, step.method, step.is_adapter, shard, output)
-                    for shard in self._shards(sources, step.is_adapter)
+                    for shard in self._shards(step)
                 ]
             case _:
                 raise AssertionError(f"{step.key}: no tensor step")
 
-    def _shards(self, sources: list[Source], is_adapter: bool) -> list[Shard]:
+    def _shards(self, step: RealignStep | FuseStep) -> list[Shard]:
         """The output's files, from headers alone."""
-        if is_adapter:
-            names = sorted({n for s in sources for n in touched_tensors(s.model)})
-            return [Shard("adapter_model.safetensors", tuple(names), {})]
+        if step.is_adapter:
+            return [Shard("adapter_model.safetensors", step.tensors, {})]
         groups = plan_shards(
             self._plan.bases.aligned_model.tensors.values(), self._plan.manifest.checkpoint.shard_bytes
         )
@@ -341,55 +369,94 @@ class Coordinator:
 
     def _uri(self, weights: Weights) -> str:
         """Where a source is, or where the step that makes the weights has left them."""
-        if isinstance(weights, Source):
-            return weights.uri
-        record = self._result.records[weights.key]
-        return self._plan.store.folder(attempt_prefix(weights, record.attempt)).uri
+        return weights.uri if isinstance(weights, Source) else self._folder(weights)
 
-    def _statistics(self, survey: SurveyStep) -> list[ModuleStatistics]:
-        rows = self._result.records[survey.key].result["modules"]
+    def _folder(self, step: Step) -> str:
+        """Where a step that is done has left its files."""
+        return self._plan.store.folder(attempt_prefix(step, self._result.records[step.key].attempt)).uri
+
+    def _decisions(self, step: RealignStep) -> tuple[list[Decision], dict[str, float]]:
+        """What the method edits; and for a control, by how much."""
+        modules = self._modules(step)
+        if not isinstance(step.method, Control):
+            return step.method.decide(modules), {}
+        assert step.matched is not None
+        rows: Any = self._result.records[step.matched.key].result["modules"]
+        targets = step.method.targets(modules, {row["module"]: row["edit_norm"] for row in rows if row["edit"]})
+        return step.method.decide_targets(modules, targets), targets
+
+    def _modules(self, step: RealignStep) -> list[ModuleStatistics]:
+        """The survey's rows, and for a method that edits untouched modules one for each of these."""
+        rows = self._result.records[step.survey.key].result["modules"]
         assert isinstance(rows, list)
-        return [ModuleStatistics.model_validate(row) for row in rows]
+        found = {s.module: s for s in (ModuleStatistics.model_validate(row) for row in rows)}
+        if step.method.edits_untouched:
+            aligned = self._plan.bases.aligned_model
+            for tensor in step.tensors:
+                for view in module_views(aligned, tensor):
+                    d_out, d_in = canonical_shape(aligned, tensor)[-2:]
+                    untouched = ModuleStatistics(
+                        module=view.module, shape=(d_out, d_in), rank=0, delta_norm=0.0, safety_norm=0.0
+                    )
+                    found.setdefault(view.module, untouched)
+        return [found[name] for name in sorted(found)]
 
     # -- the survey: one pass over V for all models that have none yet --------------------------------------------
 
     def _start_survey(self) -> None:
-        steps = [s for s in self._waiting.values() if isinstance(s, SurveyStep)]
-        if not steps:
+        surveys = [s for s in self._waiting.values() if isinstance(s, SurveyStep)]
+        own = [s for s in self._waiting.values() if isinstance(s, DisplacementStep)]
+        if not surveys and not own:
             return
-        bases = self._plan.bases
+        bases, store = self._plan.bases, self._plan.store
+        displacement = own[0] if own else surveys[0].displacement
         groups = plan_shards(bases.aligned_model.tensors.values(), SURVEY_GROUP_BYTES)
-        models = {s.name: s.model.uri for s in steps}
-        self._survey.begin(
-            steps, len(groups), sum(s.model.model.num_bytes for s in steps) + 2 * bases.aligned.model.num_bytes
-        )
-        for step in steps:
+        read = sum(s.model.model.num_bytes for s in surveys) + 2 * bases.aligned.model.num_bytes
+        outputs = {s.key: Output(store.uri, attempt_prefix(s, self._survey.attempt)) for s in (*own, *surveys)}
+        self._survey.begin([*own, *surveys], len(groups), read)
+        for step in self._survey.steps:
             del self._waiting[step.key]
             self._progress.started(step)
         for index, names in enumerate(groups):
-            unit = SurveyUnit(bases.aligned.uri, bases.unaligned.uri, models, tuple(names))
+            unit = SurveyUnit(
+                aligned=bases.aligned.uri,
+                unaligned=bases.unaligned.uri,
+                models={s.name: s.model.uri for s in surveys},
+                tensors=tuple(names),
+                file=shard_name(index, len(groups)),
+                rho=displacement.rho,
+                directions=displacement.directions,
+                displacement=outputs[displacement.key] if own else self._folder(displacement),
+                projections={s.name: outputs[s.key] for s in surveys if s.projection},
+            )
             self._tensor_pool.submit(Task((_SURVEY_PASS, index), "survey", unit))
 
     def _settle_survey(self, outcome: Outcome) -> None:
+        survey = self._survey
         if outcome.error is not None:
-            for step in self._survey.steps:
+            for step in survey.steps:
                 self._fail(step, outcome.error)
-            self._survey.end()
+            survey.end()
             return
-        self._progress.worked("survey", self._survey.work_per_unit)
-        self._survey.results[outcome.task.key[1]] = outcome.value
-        self._survey.seconds += outcome.seconds
-        if len(self._survey.results) < self._survey.num_units:
+        self._progress.worked("survey", survey.work_per_unit)
+        survey.results[outcome.task.key[1]] = outcome.value
+        survey.seconds += outcome.seconds
+        if len(survey.results) < survey.num_units:
             return
-        for step in self._survey.steps:
-            bad = self._survey.non_finite(step.name)
+        for step in survey.steps:
+            if isinstance(step, DisplacementStep):
+                files = merged_files(r.displacement for r in survey.results.values())
+                self._complete(step, self._record(step, survey.attempt, files, {}, survey.seconds))
+                continue
+            bad = survey.non_finite(step.name)
             if bad:
                 where = f"models: {step.name}: {len(bad)} tensors hold NaN or Inf"
                 self._fail(step, CheckpointError(f"{where}: {', '.join(bad[:8])}; train or copy it again"))
                 continue
-            rows: list[Json] = [row.model_dump(mode="json") for row in self._survey.statistics(step.name)]
-            self._complete(step, self._record(step, _new_attempt(), {}, {"modules": rows}, self._survey.seconds))
-        self._survey.end()
+            rows: list[Json] = [row.model_dump(mode="json") for row in survey.statistics(step.name)]
+            files = merged_files(r.projections[step.name] for r in survey.results.values() if r.projections)
+            self._complete(step, self._record(step, survey.attempt, files, {"modules": rows}, survey.seconds))
+        survey.end()
 
     # -- ending units and steps ----------------------------------------------------------------------------------
 
@@ -433,13 +500,16 @@ class Coordinator:
         if len(active.finished) < active.num_units:
             return
         del self._active[key]
-        files = {name: entry for unit in active.finished.values() for name, entry in unit.files.items()}
+        files = merged_files(active.finished.values())
         result: dict[str, Json] = {}
         for index in sorted(active.finished):
             result |= active.finished[index].result
         if isinstance(active.step, RealignStep):
-            decisions = [active.step.method.decide(s) for s in self._statistics(active.step.survey)]
-            result["decisions"] = [d.model_dump(mode="json") for d in decisions]
+            edits = _edits(active.finished.values())
+            result["edit_norm"] = math.sqrt(sum(edit["edit_norm"] ** 2 for edit in edits.values()))
+            del result["edits"]
+            modules, (decisions, _) = self._modules(active.step), self._decisions(active.step)
+            result["modules"] = [*module_rows(modules, decisions, edits)]
         self._complete(active.step, self._record(active.step, active.attempt, files, result, active.seconds))
 
     def _record(
@@ -481,15 +551,16 @@ class _SurveyPass:
     """The state of the one pass that surveys all pending models together."""
 
     def __init__(self) -> None:
+        self.attempt = _new_attempt()
         self.end()
 
-    def begin(self, steps: list[SurveyStep], num_units: int, num_bytes: int) -> None:
+    def begin(self, steps: list[DisplacementStep | SurveyStep], num_units: int, num_bytes: int) -> None:
         self.steps = steps
         self.num_units = num_units
         self.work_per_unit = num_bytes / num_units
 
     def end(self) -> None:
-        self.steps: list[SurveyStep] = []
+        self.steps: list[DisplacementStep | SurveyStep] = []
         self.num_units = 0
         self.work_per_unit = 0.0
         self.seconds = 0.0
@@ -506,6 +577,17 @@ class _SurveyPass:
 
     def non_finite(self, model: str) -> list[str]:
         return sorted(name for result in self.results.values() for name in result.non_finite[model])
+
+
+def merged_files(units: Iterable[UnitRecord]) -> dict[str, FileEntry]:
+    """The files of all units of a step."""
+    return {name: entry for unit in units for name, entry in unit.files.items()}
+
+
+def _edits(units: Iterable[UnitRecord]) -> dict[str, dict[str, Any]]:
+    """Module -> what a worker wrote of its edit."""
+    rows = [row for unit in units for row in unit.result["edits"]]  # type: ignore[union-attr]
+    return {row["module"]: row for row in rows if isinstance(row, dict)}  # type: ignore[misc]
 
 
 def _new_attempt() -> str:

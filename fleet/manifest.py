@@ -62,6 +62,8 @@ class Base(_Part):
     """The aligned model every model of the catalogue was fine-tuned from."""
     safety: Uri | None = None
     """A safety LoRA on the aligned model, for the methods that merge with one."""
+    harmful: Uri | None = None
+    """A LoRA that made the aligned model harmful, for RESTA: its safety vector is the way back."""
 
 
 class ModelSpec(_Part):
@@ -114,6 +116,13 @@ class Evaluation(_Part):
         if "aligned" not in self.references:
             raise ValueError("references must contain 'aligned': the gates compare with it")
         return self
+
+
+class Survey(_Part):
+    """What is measured of every task vector."""
+
+    directions: int = Field(default=8, ge=0)
+    """How many of V's leading directions every task vector's energy is told apart in; methods may ask for more."""
 
 
 class Gates(_Part):
@@ -172,6 +181,7 @@ class Manifest(_Part):
     base: Base
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     variants: tuple[Variant, ...] = Field(min_length=1)
+    survey: Survey = Survey()
     evaluation: Evaluation
     gates: Gates = Gates()
     tracking: Tracking = Tracking()
@@ -200,8 +210,11 @@ class Manifest(_Part):
                 raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
             if weights and sum(variant.fuse.weight(m) for m in members) <= 0.0:  # type: ignore[union-attr]
                 raise ValueError(f"{where}: fuse.weights must add up to more than 0")
-            if variant.realign and variant.realign.needs_safety_adapter and self.base.safety is None:
-                raise ValueError(f"{where}: {variant.realign.method} needs a safety adapter; set base.safety")
+            needs = variant.realign.needs if variant.realign else ()
+            if "safety" in needs and self.base.safety is None:
+                raise ValueError(f"{where}: {variant.realign.method} needs a safety adapter; set base.safety")  # type: ignore[union-attr]
+            if "harmful" in needs and self.base.harmful is None:
+                raise ValueError(f"{where}: {variant.realign.method} needs a harmful adapter; set base.harmful")  # type: ignore[union-attr]
         return self
 
     def members(self, variant: Variant) -> tuple[ModelSpec, ...]:

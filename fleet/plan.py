@@ -17,7 +17,7 @@ from fleet.errors import CheckpointError, ManifestError, SuiteError
 from fleet.identity import digest
 from fleet.manifest import Manifest
 from fleet.record import Record, Step, read_record
-from fleet.steps import MAX_SERVED_RANK, Bases, Candidate, Source, StepBuilder
+from fleet.steps import Bases, Candidate, Source, StepBuilder
 from fleet.store import Folder, Store, open_folder, open_store
 
 _READERS = 16
@@ -47,11 +47,10 @@ class Plan:
         return tuple(s for s in self.steps if s.key not in self.done)
 
     @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Every adapter of the catalogue and the safety adapter; what we make of them touches no other modules."""
-        sources = [c.weights for c in self.candidates if isinstance(c.weights, Source)]
-        sources += [self.bases.safety] if self.bases.safety else []
-        return tuple(s.model for s in sources if isinstance(s.model, Adapter))
+    def lora_modules(self) -> frozenset[str]:
+        """Every module that some candidate served as a LoRA adapts."""
+        served = [c.weights for c in self.candidates if c.weights.is_adapter]
+        return frozenset(tensor.removesuffix(".weight") for weights in served for tensor in weights.tensors)
 
     @property
     def max_lora_rank(self) -> int:
@@ -68,21 +67,17 @@ def make_plan(manifest: Manifest) -> Plan:
     store = open_store(manifest.artifacts)
     store.check()
     base = manifest.base
-    uris = [base.aligned, base.unaligned, *([base.safety] if base.safety else []), *(m.source for m in manifest.models)]
+    adapters = [uri for uri in (base.safety, base.harmful) if uri is not None]
+    uris = [base.aligned, base.unaligned, *adapters, *(m.source for m in manifest.models)]
     with ThreadPoolExecutor(_READERS) as pool:
         sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
-    bases = Bases(sources[base.aligned], sources[base.unaligned], sources[base.safety] if base.safety else None)
+    safety, harmful = (sources[uri] if uri is not None else None for uri in (base.safety, base.harmful))
+    bases = Bases(sources[base.aligned], sources[base.unaligned], safety, harmful)
     models = {m.name: sources[m.source] for m in manifest.models}
     _check_sources(bases, models)
     suites = _load_suites(manifest)
     builder = StepBuilder(manifest, bases, models, suites)
     candidates = builder.candidates()
-    for candidate in candidates:
-        if (rank := candidate.weights.max_rank) > MAX_SERVED_RANK:
-            raise ManifestError(
-                f"{candidate.name}: its adapter could reach rank {rank}, and vLLM serves at most {MAX_SERVED_RANK}; "
-                "fold it into its base (PEFT's merge_and_unload) and give the full model"
-            )
     steps = tuple(builder.steps.values())
     return Plan(manifest, store, bases, suites, candidates, steps, _done(store, steps))
 
@@ -104,10 +99,14 @@ def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
     check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
     if bases.aligned.identity == bases.unaligned.identity:
         raise ManifestError("base: aligned and unaligned hold the same weights, so nothing tells safety apart")
-    if bases.safety is not None:
-        if not bases.safety.is_adapter:
-            raise CheckpointError(f"base.safety: {bases.safety.uri} is a full model; give a LoRA on the aligned model")
-        check_belongs(bases.safety.model, aligned)
+    for role, source in (("safety", bases.safety), ("harmful", bases.harmful)):
+        if source is None:
+            continue
+        if not isinstance(source.model, Adapter):
+            raise CheckpointError(f"base.{role}: {source.uri} is a full model; give a LoRA on the aligned model")
+        if reason := source.model.why_not_lora():
+            raise CheckpointError(f"base.{role}: {source.uri}: the adapter {reason}; give a LoRA on Linears alone")
+        check_belongs(source.model, aligned)
     for source in models.values():
         check_belongs(source.model, aligned)
 

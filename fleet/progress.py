@@ -20,7 +20,7 @@ from fleet.record import Kind, Step
 
 logger = logging.getLogger(__name__)
 
-_KINDS: tuple[Kind, ...] = ("survey", "realign", "fuse", "score")
+_KINDS: tuple[Kind, ...] = ("displacement", "survey", "realign", "fuse", "score")
 _LINE_SECONDS = 15.0
 """How often a job's log gets a line, so that a long step is seen to be alive."""
 
@@ -42,7 +42,7 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         if self._console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("{task.fields[rate]}"), console=self._console,
             )  # fmt: skip
             for kind in _KINDS:

@@ -96,7 +96,7 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     else:
         result = RunResult(records=dict(plan.done))
     report = make_report(plan, result)
-    page = write_report(plan, report)
+    page = write_report(plan, report, result.records)
     print_report(report, console)
     if not plan.pending:
         console.print("nothing was computed: every step was done already")

@@ -25,9 +25,9 @@ from fleet.errors import StoreError
 from fleet.identity import KEY_DIGITS, Json, fingerprint
 from fleet.store import Store
 
-Kind = Literal["survey", "realign", "fuse", "score"]
+Kind = Literal["displacement", "survey", "realign", "fuse", "score"]
 
-ALGORITHM_VERSIONS: dict[Kind, int] = {"survey": 1, "realign": 1, "fuse": 1, "score": 1}
+ALGORITHM_VERSIONS: dict[Kind, int] = {"displacement": 1, "survey": 2, "realign": 2, "fuse": 1, "score": 1}
 """Bumped by hand when the same spec and inputs would give other bytes."""
 
 

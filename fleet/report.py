@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -18,15 +19,17 @@ from rich.table import Table
 from evals.gates import GateResult, gate
 from evals.logs import EvalLog
 from evals.rates import Rate
+from fleet.attribution import attribution_page
 from fleet.coordinator import RunResult
 from fleet.identity import Json
 from fleet.plan import Plan
 from fleet.record import Record, attempt_prefix
 from fleet.scoring import SAMPLES_FILE
-from fleet.steps import Candidate, Role, Source
+from fleet.steps import Candidate, RealignStep, Role, Source
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
+MODULES_HTML = "modules.html"
 
 
 class _Part(BaseModel):
@@ -57,6 +60,10 @@ class Row(_Part):
     gate: Literal["pass", "fail", "not enough evidence"] | None
     """None for the base models."""
     reasons: tuple[str, ...]
+    edited: str | None = None
+    """Of a realigned model: how many of its modules were edited."""
+    edit_norm: float | None = None
+    """Of a realigned model: ‖ΔW_after − ΔW_before‖ over its modules."""
 
 
 class RunReport(_Part):
@@ -65,8 +72,6 @@ class RunReport(_Part):
     run_id: str
     name: str
     rows: tuple[Row, ...]
-    edits: dict[str, str]
-    """Realigned model -> how many of its modules were edited."""
     computed: int
     cached: int
     failures: dict[str, str]
@@ -104,18 +109,10 @@ def make_report(plan: Plan, result: RunResult) -> RunReport:
     logs = _Logs(plan, result.records)
     rows = tuple(_row(plan, candidate, logs) for candidate in plan.candidates)
     passed = [r for r in rows if r.role == "fused" and r.gate == "pass"]
-    edits: dict[str, str] = {}
-    for step in plan.steps:
-        record = result.records.get(step.key)
-        decisions = record.result.get("decisions") if record else None
-        if isinstance(decisions, list):
-            edited = sum(isinstance(d, dict) and bool(d["edit"]) for d in decisions)
-            edits[step.name] = f"{edited} of {len(decisions)}"
     return RunReport(
         run_id=plan.run_id,
         name=plan.manifest.name,
         rows=rows,
-        edits=edits,
         computed=len(result.computed),
         cached=len(plan.done),
         failures={key: f"{type(f.error).__name__}: {f.error}" for key, f in result.failures.items() if f.cause is None},
@@ -141,6 +138,8 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
             )
     verdict = None if candidate.role == "reference" else _gate(plan, candidate, logs)
     weights = candidate.weights
+    modules = realigned_modules(candidate, logs.records)
+    norm = logs.records[weights.key].result["edit_norm"] if isinstance(weights, RealignStep) and modules else None
     uri = weights.uri if isinstance(weights, Source) else None
     if not isinstance(weights, Source) and weights.key in logs.records:
         uri = f"{plan.store.uri}/{attempt_prefix(weights, logs.records[weights.key].attempt)}"
@@ -154,7 +153,18 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
         scores=tuple(scores),
         gate=verdict.outcome if verdict else None,
         reasons=tuple(verdict.reasons) if verdict else (),
+        edited=f"{sum(bool(m['edit']) for m in modules)} of {len(modules)}" if modules else None,
+        edit_norm=norm if isinstance(norm, float) else None,
     )
+
+
+def realigned_modules(candidate: Candidate, records: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """The module rows of a realigned candidate; none of any other, or if it could not be made."""
+    weights = candidate.weights
+    if not isinstance(weights, RealignStep) or weights.key not in records:
+        return []
+    rows: Any = records[weights.key].result["modules"]
+    return rows
 
 
 def _gate(plan: Plan, candidate: Candidate, logs: _Logs) -> GateResult:
@@ -176,9 +186,11 @@ def _goodness(log: EvalLog) -> float:
     return value if log.rate.higher_is_better else -value
 
 
-def write_report(plan: Plan, report: RunReport) -> str:
+def write_report(plan: Plan, report: RunReport, records: Mapping[str, Record]) -> str:
     """Put the report beside the artifacts; returns where the page is."""
     prefix = f"runs/{report.run_id}"
+    tables = {c.name: rows for c in plan.candidates if (rows := realigned_modules(c, records))}
+    plan.store.replace(f"{prefix}/{MODULES_HTML}", attribution_page(f"{report.name} {report.run_id}", tables).encode())
     plan.store.replace(f"{prefix}/{REPORT_JSON}", report_json(report))
     plan.store.replace(f"{prefix}/{REPORT_HTML}", report_html(report).encode())
     return f"{plan.store.uri}/{prefix}/{REPORT_HTML}"
@@ -241,6 +253,10 @@ def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str])
         table.add_column(names[suite], justify="right")
     if together:
         table.add_column("task accuracy", no_wrap=True)
+    edits = any(row.edited for row in report.rows)
+    if edits:
+        table.add_column("edited", justify="right", no_wrap=True)
+        table.add_column("‖edit‖", justify="right")
     table.add_column("gate")
     last = None
     for row in report.rows:
@@ -251,8 +267,13 @@ def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str])
         cells = [escape(cell(rates[s], kind == "harmfulness")) if s in rates else "" for kind, s in apart]
         if together:
             cells.append("\n".join(escape(f"{names[s]} {cell(rates[s], False)}") for s in together if s in rates))
+        cells += [row.edited or "", _norm(row)] if edits else []
         table.add_row(row.name, *cells, row.gate or "")
     return table
+
+
+def _norm(row: Row) -> str:
+    return "" if row.edit_norm is None else f"{row.edit_norm:.3g}"
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
@@ -292,7 +313,7 @@ def report_html(report: RunReport) -> str:
 {f"<h2>Failures</h2><ul>{failures}</ul>" if failures else ""}
 {chart}
 <h2>Candidates</h2><main>{_html_table(report)}</main>
-<h2>Modules edited</h2><ul>{"".join(f"<li>{html.escape(k)}: {v}</li>" for k, v in report.edits.items())}</ul>
+<p><a href="{MODULES_HTML}">The modules of every realigned model</a>: why each was edited, by how much, what is left</p>
 <h2>Gates and evidence</h2>{"".join(_evidence(row) for row in report.rows)}
 </body></html>
 """
@@ -306,15 +327,18 @@ def _html_table(report: RunReport) -> str:
     for row in report.rows:
         if row.role != last:
             lines.append(
-                f'<tr class="group"><td colspan="{len(columns(report)) + 2}">{_ROLE_NAMES[row.role]}</td></tr>'
+                f'<tr class="group"><td colspan="{len(columns(report)) + 4}">{_ROLE_NAMES[row.role]}</td></tr>'
             )
         last = row.role
         scores = {s.suite: s for s in row.scores}
         cells = "".join(_html_cell(scores.get(suite)) for _, suite in columns(report))
         lines.append(
-            f'<tr><td>{html.escape(row.name)}</td>{cells}<td class="{row.gate or ""}">{row.gate or ""}</td></tr>'
+            f"<tr><td>{html.escape(row.name)}</td>{cells}<td>{row.edited or ''}</td><td>{_norm(row)}</td>"
+            f'<td class="{row.gate or ""}">{row.gate or ""}</td></tr>'
         )
-    return f"<table><tr><th>candidate</th>{head}<th>gate</th></tr>{''.join(lines)}</table>"
+    return (
+        f"<table><tr><th>candidate</th>{head}<th>edited</th><th>‖edit‖</th><th>gate</th></tr>{''.join(lines)}</table>"
+    )
 
 
 def _html_cell(score: Score | None) -> str:

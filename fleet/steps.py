@@ -7,18 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel
 
 from evals.suites import Suite
-from fleet.checkpoint.models import Adapter, FullModel, Model, require_full_model
+from fleet.checkpoint.models import (
+    Adapter,
+    FullModel,
+    Model,
+    canonical_shape,
+    lora_rank,
+    module_views,
+    require_full_model,
+    touched_tensors,
+)
 from fleet.errors import ManifestError
-from fleet.fusion import AnyFusionMethod
+from fleet.fusion import AnyFusionMethod, WeightAverage
 from fleet.identity import Json, digest
 from fleet.manifest import Manifest, Variant
-from fleet.methods import AnyRealignMethod
+from fleet.methods import AnyRealignMethod, Control, Ranks
+from fleet.methods.base import Need
 from fleet.record import Step
 
 Role = Literal["reference", "finetuned", "realigned", "fused"]
@@ -40,11 +51,17 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
-        return isinstance(self.model, Adapter)
+        """Whether it can be served, and written again, as a LoRA."""
+        return isinstance(self.model, Adapter) and self.model.is_lora and self.max_rank <= MAX_SERVED_RANK
 
     @property
     def max_rank(self) -> int:
         return self.model.max_rank if isinstance(self.model, Adapter) else 0
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The base tensors it has a task vector in."""
+        return tuple(touched_tensors(self.model))
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class Bases:
     aligned: Source
     unaligned: Source
     safety: Source | None
+    harmful: Source | None
 
     @property
     def aligned_model(self) -> FullModel:
@@ -61,10 +79,21 @@ class Bases:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DisplacementStep(Step):
+    """Measure V's own part: what every survey of this pair of base models uses, tonight and later."""
+
+    rho: bool
+    directions: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SurveyStep(Step):
     """Measure one model's task vector; the coordinator does all pending ones in one pass over V."""
 
     model: Source
+    displacement: DisplacementStep
+    projection: bool
+    """Whether the B factors of VVᵀΔW/‖V‖ are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +104,14 @@ class RealignStep(Step):
     survey: SurveyStep
     method: AnyRealignMethod
     safety: Source | None
+    harmful: Source | None
+    matched: RealignStep | None
+    """For a control: the step whose edit norms it matches."""
+    tensors: tuple[str, ...]
+    """The base tensors it may have a task vector in."""
+    is_adapter: bool
     max_rank: int
-    """At most, if the model is an adapter: it is the drift that decides what is concatenated."""
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.model.is_adapter
+    """At most, if it is an adapter: it is the drift that decides what is concatenated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +120,7 @@ class FuseStep(Step):
 
     members: Mapping[str, Source | RealignStep]
     method: AnyFusionMethod
+    tensors: tuple[str, ...]
     is_adapter: bool
     max_rank: int
 
@@ -151,20 +183,22 @@ class StepBuilder:
             for model in self.manifest.members(variant):
                 members[model.name] = self.models[model.name]
                 if variant.realign is not None:
-                    step = self._realign(surveys[model.name], variant.realign, labels[_key(variant.realign)])
+                    step = self._realign(surveys[model.name], variant.realign)
                     members[model.name] = step
-                    if step.name not in realigned:
+                    name = f"{model.name}.{labels[digest(_literals(variant.realign))]}"
+                    if name not in realigned:
                         parameters: dict[str, Json] = {"realign": _literals(variant.realign)}
-                        realigned[step.name] = self._candidate(step.name, "realigned", (model.name,), step, parameters)
+                        realigned[name] = self._candidate(name, "realigned", (model.name,), step, parameters)
             members_of[variant.name] = members
         for variant in self.manifest.variants:
             if variant.fuse is not None:
-                step = self._fuse(variant, members_of[variant.name], surveys)
+                members = members_of[variant.name]
+                step = self._fuse(variant.name, variant.fuse, members, self._fuses_to_adapter(variant, members))
                 parameters = {
                     "realign": _literals(variant.realign) if variant.realign else None,
                     "fuse": _literals(variant.fuse),
                 }
-                names = tuple(members_of[variant.name])
+                names = tuple(members)
                 fused.append(self._candidate(variant.name, "fused", names, step, parameters))
         references = {"aligned": self.bases.aligned, "unaligned": self.bases.unaligned}
         return (
@@ -173,86 +207,143 @@ class StepBuilder:
                 for r in self.manifest.evaluation.references
             ),
             *(
-                self._candidate(name, "finetuned", (name,), source, {}, (surveys[name],))
-                for name, source in self.models.items()
+                self._candidate(name, "finetuned", (name,), self._served(name), {}, (surveys[name],))
+                for name in self.models
             ),
             *realigned.values(),
             *fused,
         )
 
-    def _survey(self, name: str) -> SurveyStep:
+    def _served(self, name: str) -> Weights:
+        """A fine-tuned model as it can be served: folded into its base, if it is an adapter no engine takes."""
         source = self.models[name]
+        if source.is_adapter or isinstance(source.model, FullModel):
+            return source
+        return self._fuse(name, WeightAverage(method="weight_average", output="model"), {name: source}, False)
+
+    @cached_property
+    def _methods(self) -> tuple[AnyRealignMethod, ...]:
+        return tuple(v.realign for v in self.manifest.variants if v.realign is not None)
+
+    @cached_property
+    def _needs(self) -> frozenset[Need]:
+        return frozenset(need for method in self._methods for need in method.needs)
+
+    @cached_property
+    def _displacement(self) -> DisplacementStep:
+        """V's own part, with all that any variant uses."""
+        rho = "rho" in self._needs
+        directions = max((m.directions for m in self._methods), default=0)
+        directions = max(directions, self.manifest.survey.directions)
+        spec: dict[str, Json] = {"rho": rho, "directions": directions}
+        bases = {"aligned": self.bases.aligned, "unaligned": self.bases.unaligned}
+        step = DisplacementStep(
+            kind="displacement", name="base", spec=spec, inputs={name: s.identity for name, s in bases.items()},
+            read_bytes=sum(s.model.num_bytes for s in bases.values()), rho=rho, directions=directions,
+        )  # fmt: skip
+        self.steps.setdefault(step.key, step)
+        return step
+
+    def _survey(self, name: str) -> SurveyStep:
+        source, displacement = self.models[name], self._displacement
+        projection = "projection" in self._needs and isinstance(source.model, Adapter)
         inputs = {
             "aligned": self.bases.aligned.identity,
             "unaligned": self.bases.unaligned.identity,
             "model": source.identity,
         }
         read = sum(s.model.num_bytes for s in (self.bases.aligned, self.bases.unaligned, source))
-        step = SurveyStep(kind="survey", name=name, spec={}, inputs=inputs, read_bytes=read, model=source)
-        self.steps.setdefault(step.key, step)
-        return step
-
-    def _realign(self, survey: SurveyStep, method: AnyRealignMethod, label: str) -> RealignStep:
-        source = survey.model
-        safety = self.bases.safety if method.needs_safety_adapter else None
-        inputs = {"aligned": self.bases.aligned.identity, "model": source.identity}
-        spec: dict[str, Json] = {"method": _literals(method)}
-        read = source.model.num_bytes
-        rank = 0
-        if safety is not None:
-            inputs["safety"] = safety.identity
-            read += safety.model.num_bytes
-        if source.is_adapter:
-            rank = source.max_rank + (safety.max_rank if safety is not None else 0)
-            write = self._adapter_bytes([source], rank)
-        else:
-            spec["shard_bytes"] = self.manifest.checkpoint.shard_bytes
-            read, write = read + self.bases.aligned.model.num_bytes, self.bases.aligned.model.num_bytes
-        step = RealignStep(
-            kind="realign", name=f"{survey.name}.{label}", spec=spec, inputs=inputs, deps=(survey,), read_bytes=read,
-            write_bytes=write, model=source, survey=survey, method=method, safety=safety, max_rank=rank,
+        step = SurveyStep(
+            kind="survey", name=name, spec={"projection": projection}, inputs=inputs, deps=(displacement,),
+            read_bytes=read, model=source, displacement=displacement, projection=projection,
         )  # fmt: skip
         self.steps.setdefault(step.key, step)
         return step
 
+    def _realign(self, survey: SurveyStep, method: AnyRealignMethod) -> RealignStep:
+        source = survey.model
+        if method.adapters_only and not source.is_adapter:
+            raise ManifestError(
+                f"variants: {method.method} with these parameters averages LoRA factors, but {survey.name} has none; "
+                "leave it out of the variant's models"
+            )
+        matched = self._realign(survey, method.of) if isinstance(method, Control) else None
+        offered = {"safety": self.bases.safety, "harmful": self.bases.harmful}
+        merged = {name: source for name, source in offered.items() if name in method.needs}
+        inputs = {"aligned": self.bases.aligned.identity, "model": source.identity}
+        inputs |= {name: s.identity for name, s in merged.items() if s is not None}
+        spec: dict[str, Json] = {"method": _literals(method)}
+        read = source.model.num_bytes + sum(s.model.num_bytes for s in merged.values() if s is not None)
+        tensors = self._touched(source, method)
+        rank = self._realigned_rank(source, method, tensors) if source.is_adapter else 0
+        is_adapter = source.is_adapter and rank <= MAX_SERVED_RANK
+        if is_adapter:
+            write = self._adapter_bytes(tensors, rank)
+        else:
+            spec["shard_bytes"] = self.manifest.checkpoint.shard_bytes
+            read, write = read + self.bases.aligned.model.num_bytes, self.bases.aligned.model.num_bytes
+        step = RealignStep(
+            kind="realign", name=f"{survey.name}.{method.method}-{digest(spec).removeprefix('sha256:')[:6]}", spec=spec,
+            inputs=inputs, deps=(survey, *((matched,) if matched else ())), read_bytes=read, write_bytes=write,
+            model=source, survey=survey, method=method, safety=merged.get("safety"), harmful=merged.get("harmful"),
+            matched=matched, tensors=tensors, is_adapter=is_adapter, max_rank=rank if is_adapter else 0,
+        )  # fmt: skip
+        self.steps.setdefault(step.key, step)
+        return step
+
+    def _touched(self, source: Source, method: AnyRealignMethod) -> tuple[str, ...]:
+        """The base tensors a realigned model may have a task vector in."""
+        if not method.edits_untouched:
+            return source.tensors
+        aligned = self.bases.aligned_model
+        added = {tensor for tensor in aligned.tensors if module_views(aligned, tensor)}
+        if "harmful" in method.needs and self.bases.harmful is not None:
+            added &= set(self.bases.harmful.tensors)
+        return tuple(sorted({*source.tensors, *added}))
+
+    def _realigned_rank(self, source: Source, method: AnyRealignMethod, tensors: Iterable[str]) -> int:
+        """The largest rank an edited module can have."""
+        models = [s.model if s else None for s in (source, self.bases.safety, self.bases.harmful)]
+        ranks = source.max_rank
+        for tensor in tensors:
+            own, safety, harmful = (lora_rank(m, tensor.removesuffix(".weight")) for m in models)
+            limit = min(canonical_shape(self.bases.aligned_model, tensor))
+            ranks = max(ranks, method.written_rank(Ranks(own, safety, harmful, limit)))
+        return ranks
+
     def _fuse(
-        self,
-        variant: Variant,
-        members: Mapping[str, Source | RealignStep],
-        surveys: Mapping[str, SurveyStep],
+        self, name: str, method: AnyFusionMethod, members: Mapping[str, Source | RealignStep], is_adapter: bool
     ) -> FuseStep:
-        assert variant.fuse is not None
-        is_adapter = self._fuses_to_adapter(variant)
-        sources = [self.models[name] for name in members]
         inputs = {"aligned": self.bases.aligned.identity}
         inputs |= {name: m.identity for name, m in members.items() if isinstance(m, Source)}
-        spec: dict[str, Json] = {"method": _literals(variant.fuse), "models": list(members)}
-        read = sum(s.model.num_bytes for s in sources)
+        spec: dict[str, Json] = {"method": _literals(method), "models": list(members)}
+        read = sum(self.models[name].model.num_bytes for name in members)
+        tensors = tuple(sorted({tensor for m in members.values() for tensor in m.tensors}))
         rank = 0
         if is_adapter:
             rank = sum(m.max_rank for m in members.values())
             if rank > MAX_SERVED_RANK:
                 raise ManifestError(
-                    f"variants: {variant.name}: the fused adapter could reach rank {rank}, and vLLM serves at most "
+                    f"variants: {name}: the fused adapter could reach rank {rank}, and vLLM serves at most "
                     f'{MAX_SERVED_RANK}; set fuse.output to "model"'
                 )
-            write = self._adapter_bytes(sources, rank)
+            write = self._adapter_bytes(tensors, rank)
         else:
             spec["shard_bytes"] = self.manifest.checkpoint.shard_bytes
             read, write = read + self.bases.aligned.model.num_bytes, self.bases.aligned.model.num_bytes
         step = FuseStep(
-            kind="fuse", name=variant.name, spec=spec, inputs=inputs,
+            kind="fuse", name=name, spec=spec, inputs=inputs,
             deps=tuple(m for m in members.values() if isinstance(m, Step)),
-            after=tuple(surveys[name] for name, m in members.items() if isinstance(m, Source)),
-            read_bytes=read, write_bytes=write, members=members, method=variant.fuse, is_adapter=is_adapter,
-            max_rank=rank,
+            after=tuple(self._survey(name) for name, m in members.items() if isinstance(m, Source)),
+            read_bytes=read, write_bytes=write, members=members, method=method, tensors=tensors,
+            is_adapter=is_adapter, max_rank=rank,
         )  # fmt: skip
         self.steps.setdefault(step.key, step)
         return step
 
-    def _fuses_to_adapter(self, variant: Variant) -> bool:
+    def _fuses_to_adapter(self, variant: Variant, members: Mapping[str, Source | RealignStep]) -> bool:
         assert variant.fuse is not None
-        full = [m.name for m in self.manifest.members(variant) if not self.models[m.name].is_adapter]
+        full = [name for name, member in members.items() if not member.is_adapter]
         if variant.fuse.output == "adapter" and full:
             raise ManifestError(
                 f'variants: {variant.name}: fuse.output is "adapter", but {", ".join(full)} is no adapter; '
@@ -288,34 +379,34 @@ class StepBuilder:
         inputs = {"aligned": self.bases.aligned.identity}
         if isinstance(weights, Source):
             inputs["candidate"] = weights.identity
+        scored = candidate if isinstance(weights, Source) else weights.name
         step = ScoreStep(
-            kind="score", name=f"{candidate}.{Path(suite.name).stem}", spec=spec, inputs=inputs,
+            kind="score", name=f"{scored}.{Path(suite.name).stem}", spec=spec, inputs=inputs,
             deps=() if isinstance(weights, Source) else (weights,), after=after,
             candidate=candidate, weights=weights, suite=suite,
         )  # fmt: skip
         self.steps.setdefault(step.key, step)
         return step
 
-    def _adapter_bytes(self, sources: Iterable[Source], rank: int) -> int:
-        """Bytes of an adapter of this rank in every module that any of these adapters touches."""
-        tensors = self.bases.aligned_model.tensors
-        modules = {m for s in sources if isinstance(s.model, Adapter) for m in s.model.modules}
-        return sum(rank * sum(tensors[f"{m}.weight"].shape) * LORA_VALUE_BYTES for m in modules)
+    def _adapter_bytes(self, tensors: Iterable[str], rank: int) -> int:
+        """Bytes of an adapter of this rank in every one of these modules."""
+        shapes = [self.bases.aligned_model.tensors[tensor].shape for tensor in tensors]
+        return sum(rank * sum(shape) * LORA_VALUE_BYTES for shape in shapes)
 
 
 def _literals(spec: BaseModel) -> dict[str, Json]:
     return spec.model_dump(mode="json")
 
 
-def _key(method: AnyRealignMethod) -> str:
-    return digest(_literals(method))
-
-
 def _realign_labels(manifest: Manifest) -> dict[str, str]:
-    """Digest of a realign spec -> the name its models get: the method's, or its first variant's where two differ."""
+    """Digest of a realign spec -> what its models are called in the table: the method's name, or that of the first
+    variant that has the spec where several specs share a method. Steps are not named by it."""
     first: dict[str, tuple[str, str]] = {}
     for variant in manifest.variants:
         if variant.realign is not None:
-            first.setdefault(_key(variant.realign), (variant.realign.method, variant.name))
+            first.setdefault(digest(_literals(variant.realign)), (variant.realign.method, variant.name))
     methods = [method for method, _ in first.values()]
-    return {key: method if methods.count(method) == 1 else name for key, (method, name) in first.items()}
+    labels = {key: method if methods.count(method) == 1 else name for key, (method, name) in first.items()}
+    if len(set(labels.values())) < len(labels):  # a variant is named like another variant's method
+        return {key: name for key, (_, name) in first.items()}
+    return labels

@@ -7,72 +7,39 @@ kilobytes. These are plain classes: `fleet.coordinator` makes Ray actors of them
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from functools import cached_property, lru_cache
+from typing import TypeAlias
 
 import torch
 
-from fleet.algebra.delta import Delta, Dense, LowRank
-from fleet.algebra.statistics import delta_statistics
+from fleet.algebra.delta import Delta, Dense, LowRank, zero
+from fleet.algebra.factors import Factors
+from fleet.algebra.random_edits import named_generator
+from fleet.algebra.spectral import Triplets, truncated
+from fleet.checkpoint.headers import read_headers
 from fleet.checkpoint.models import (
-    PEFT_PREFIX,
     Adapter,
     FullModel,
     Model,
-    is_companion,
-    is_module,
+    ModuleView,
+    canonical_shape,
+    lora_rank,
+    module_views,
     read_model,
     require_full_model,
-    touched_tensors,
 )
-from fleet.checkpoint.task_vectors import FactorReader, factor_shapes, read_delta, read_factors, read_weight
-from fleet.checkpoint.tensors import TensorLayout, write_tensors
+from fleet.checkpoint.task_vectors import read_delta, read_factors, read_unscaled_factors, read_weight
+from fleet.checkpoint.tensors import read_tensor
 from fleet.errors import CheckpointError
 from fleet.fusion import AnyFusionMethod
 from fleet.identity import Json
-from fleet.methods import AnyRealignMethod, ModuleStatistics
-from fleet.record import FileEntry, UnitRecord
-from fleet.store import Store, open_folder, open_store
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where a unit writes: a prefix in a store."""
-
-    store: str
-    prefix: str
-
-
-@dataclass(frozen=True)
-class SurveyUnit:
-    """Measure the task vectors of many models in a group of tensors; V is read once for all of them."""
-
-    aligned: str
-    unaligned: str
-    models: dict[str, str]
-    """Model name -> URI."""
-    tensors: tuple[str, ...]
-
-
-class SurveyResult(NamedTuple):
-    """Per model: the statistics of its modules, and the tensors that hold NaN or Inf."""
-
-    statistics: dict[str, list[ModuleStatistics]]
-    non_finite: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: which base tensors it holds, and whether this unit also writes the files beside the weights."""
-
-    file: str
-    tensors: tuple[str, ...]
-    index: dict[str, str] | None
-    """Tensor -> file of the whole model, on the one shard that writes the small files; None on the others."""
+from fleet.methods import AnyRealignMethod, Ranks
+from fleet.outputs import Output, Shard, of_rank, write_adapter, write_shard
+from fleet.record import UnitRecord
+from fleet.store import open_folder
+from fleet.survey import Scratch, StoredDisplacement, SurveyResult, SurveyUnit, survey
 
 
 @dataclass(frozen=True)
@@ -80,11 +47,20 @@ class RealignUnit:
     """Realign one model in one shard; an adapter is one shard."""
 
     aligned: str
+    unaligned: str
     model: str
     safety: str | None
+    harmful: str | None
+    displacement: str
+    """V's own part, of which methods use leading directions."""
+    projections: str | None
+    """The B factors of the model's VVᵀΔW/‖V‖, where the method uses them."""
     method: AnyRealignMethod
     edited: frozenset[str]
     """Modules the method decided to edit, from the survey."""
+    targets: Mapping[str, float]
+    """For a control: module -> the norm of its edit."""
+    as_adapter: bool
     shard: Shard
     output: Output
 
@@ -118,88 +94,6 @@ def _open_model(uri: str) -> Model:
     return read_model(open_folder(uri))
 
 
-class TensorWorker:
-    """Does tensor work, one unit at a time, in memory for a few tensors × models."""
-
-    def ready(self) -> bool:
-        """True once the worker runs."""
-        return True
-
-    def survey(self, unit: SurveyUnit) -> SurveyResult:
-        """Statistics of every model in the unit's modules; checks every tensor it reads for NaN and Inf.
-
-        Raises:
-            CheckpointError: NaN or Inf in the base models, which would poison every model alike.
-        """
-        aligned, unaligned = _full(unit.aligned), _full(unit.unaligned)
-        models = {name: _open_model(uri) for name, uri in unit.models.items()}
-        touched = {name: set(touched_tensors(model)) for name, model in models.items()}
-        result = SurveyResult({name: [] for name in models}, {name: [] for name in models})
-        for tensor in unit.tensors:
-            base = _finite_weight(aligned, tensor)
-            direction = base - _finite_weight(unaligned, tensor)
-            for name, model in models.items():
-                if tensor not in touched[name]:
-                    continue
-                delta = read_delta(model, tensor, base)
-                assert delta is not None
-                if not _is_finite(delta):
-                    result.non_finite[name].append(tensor)
-                elif is_module(aligned.tensors[tensor]):
-                    rank = delta.rank if isinstance(delta, LowRank) else None
-                    statistics = delta_statistics(direction, delta)._asdict()
-                    module = tensor.removesuffix(".weight")
-                    result.statistics[name].append(ModuleStatistics(module=module, rank=rank, **statistics))
-        return result
-
-    def realign(self, unit: RealignUnit) -> UnitRecord:
-        """Write one shard of a realigned model, or a whole realigned adapter."""
-        model = _open_model(unit.model)
-        safety = _adapter(unit.safety) if unit.safety is not None else None
-        edited = {f"{module}.weight" for module in unit.edited}
-
-        def factors(name: str, read: FactorReader) -> Delta:
-            assert isinstance(model, Adapter)
-            delta = read(model, name)
-            assert delta is not None
-            return unit.method.edit(delta, read(safety, name) if safety else None) if name in edited else delta
-
-        def weight(name: str) -> torch.Tensor:
-            assert isinstance(model, FullModel)
-            if name not in edited:
-                return read_weight(model, name)  # what is not edited stays bit for bit
-            base = read_weight(_full(unit.aligned), name)
-            delta = Dense(read_weight(model, name) - base)
-            return base + unit.method.edit(delta, read_factors(safety, name) if safety else None).dense()
-
-        if isinstance(model, Adapter):
-            return _write_adapter(unit.output, unit.shard, factors, [model])
-        return _write_shard(unit.output, unit.shard, model, weight)
-
-    def fuse(self, unit: FuseUnit) -> UnitRecord:
-        """Write one shard of a fused model, or a whole fused adapter."""
-        members_M = [_open_model(m.uri) for m in unit.members_M]
-
-        def fused(deltas_M: Sequence[Delta | None]) -> Delta | None:
-            present = [(d, m.coefficient) for d, m in zip(deltas_M, unit.members_M, strict=True) if d is not None]
-            return unit.method.fuse([d for d, _ in present], [c for _, c in present]) if present else None
-
-        def factors(name: str, read: FactorReader) -> Delta:
-            delta = fused([read(m, name) for m in members_M if isinstance(m, Adapter)])
-            assert delta is not None
-            return delta
-
-        def weight(name: str) -> torch.Tensor:
-            base = read_weight(aligned, name)
-            delta = fused([read_delta(m, name, base) for m in members_M])
-            return base if delta is None else base + delta.dense()
-
-        if unit.as_adapter:
-            return _write_adapter(unit.output, unit.shard, factors, [m for m in members_M if isinstance(m, Adapter)])
-        aligned = _full(unit.aligned)
-        return _write_shard(unit.output, unit.shard, aligned, weight)
-
-
 def _full(uri: str) -> FullModel:
     return require_full_model(_open_model(uri), uri)
 
@@ -211,101 +105,202 @@ def _adapter(uri: str) -> Adapter:
     return model
 
 
-def _is_finite(delta: Delta) -> bool:
-    parts = (delta.a, delta.b) if isinstance(delta, LowRank) else (delta.value,)
-    return all(bool(torch.isfinite(p).all()) for p in parts)
+class TensorWorker:
+    """Does tensor work, one unit at a time, in memory for a few tensors × models."""
 
+    def __init__(self) -> None:
+        self._scratch = Scratch()
 
-def _finite_weight(model: FullModel, name: str) -> torch.Tensor:
-    weight = read_weight(model, name)
-    if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError(
-            f"{model.folder.uri}: tensor {name} holds NaN or Inf; no task vector against it has meaning"
-        )
-    return weight
+    def ready(self) -> bool:
+        """True once the worker runs."""
+        return True
 
+    def survey(self, unit: SurveyUnit) -> SurveyResult:
+        """Statistics of every model in the unit's modules; see `fleet.survey`."""
+        models = {name: _open_model(uri) for name, uri in unit.models.items()}
+        return survey(unit, _full(unit.aligned), _full(unit.unaligned), models, self._scratch)
 
-def _write_shard(output: Output, shard: Shard, like: FullModel, weight: Callable[[str], torch.Tensor]) -> UnitRecord:
-    """One shard of a full model with `like`'s names, shapes, dtypes and small files, and `weight`'s values."""
-    store = open_store(output.store)
-    layout = [TensorLayout(n, like.tensors[n].dtype, like.tensors[n].shape) for n in shard.tensors]
-    written = write_tensors(store, f"{output.prefix}/{shard.file}", layout, (weight(n) for n in shard.tensors))
-    files = {shard.file: FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)}
-    if shard.index is not None:
-        for name in like.folder.files():
-            if is_companion(name, like):
-                files[name] = _write_file(store, output, name, like.folder.read(name))
-        if len(set(shard.index.values())) > 1:
-            total = sum(like.tensors[n].num_bytes for n in shard.index)
-            index = {"metadata": {"total_size": total}, "weight_map": shard.index}
-            files["model.safetensors.index.json"] = _write_file(
-                store, output, "model.safetensors.index.json", _json_bytes(index)
+    def realign(self, unit: RealignUnit) -> UnitRecord:
+        """Write one shard of a realigned model, or a whole realigned adapter, with a row per edited module."""
+        work = _Realigning(unit)
+        if unit.as_adapter:
+            record = write_adapter(
+                unit.output, unit.shard, work.aligned, work.ranks(), work.factors, [_adapter(unit.model)]
             )
-    return UnitRecord(files=files)
+        else:
+            like = work.model if isinstance(work.model, FullModel) else work.aligned
+            record = write_shard(unit.output, unit.shard, like, work.weight)
+        return UnitRecord(files=record.files, result={**record.result, "edits": work.edits})
 
+    def fuse(self, unit: FuseUnit) -> UnitRecord:
+        """Write one shard of a fused model, or a whole fused adapter."""
+        aligned = _full(unit.aligned)
+        members_M = [_open_model(m.uri) for m in unit.members_M]
 
-def _write_adapter(
-    output: Output,
-    shard: Shard,
-    delta_of: Callable[[str, FactorReader], Delta],
-    sources: list[Adapter],
-) -> UnitRecord:
-    """A whole PEFT adapter with scale 1 in every module: nothing is left to a config."""
-    store = open_store(output.store)
-    layout: list[TensorLayout] = []
-    ranks: dict[str, int] = {}
-    for name in shard.tensors:
-        shapes = delta_of(name, factor_shapes)
-        assert isinstance(shapes, LowRank)
-        module = name.removesuffix(".weight")
-        ranks[module] = shapes.rank
-        layout.append(TensorLayout(f"{PEFT_PREFIX}{module}.lora_A.weight", "F32", tuple(shapes.a.shape)))
-        layout.append(TensorLayout(f"{PEFT_PREFIX}{module}.lora_B.weight", "F32", tuple(shapes.b.shape)))
+        def fused(deltas_M: Sequence[Delta | None]) -> Delta | None:
+            present = [(d, m.coefficient) for d, m in zip(deltas_M, unit.members_M, strict=True) if d is not None]
+            return unit.method.fuse([d for d, _ in present], [c for _, c in present]) if present else None
 
-    def factors() -> Iterator[torch.Tensor]:
-        for name in shard.tensors:
-            delta = delta_of(name, read_factors)
+        def factors(name: str) -> LowRank:
+            delta = fused([read_factors(m, name) for m in members_M if isinstance(m, Adapter)])
             assert isinstance(delta, LowRank)
-            yield delta.a
-            yield delta.b
+            return delta
 
-    written = write_tensors(store, f"{output.prefix}/{shard.file}", layout, factors())
-    config = _write_file(store, output, "adapter_config.json", _json_bytes(_adapter_config(ranks, sources)))
-    weights = FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)
-    return UnitRecord(
-        files={shard.file: weights, "adapter_config.json": config}, result={"max_rank": max(ranks.values())}
-    )
+        def weight(name: str) -> torch.Tensor:
+            base = read_weight(aligned, name)
+            delta = fused([read_delta(m, name, base) for m in members_M])
+            return base if delta is None else base + delta.dense()
 
-
-def _adapter_config(ranks: dict[str, int], sources: list[Adapter]) -> dict[str, Json]:
-    """PEFT's config with alpha equal to the rank and rsLoRA off: the written factors are the whole update."""
-    rank = max(ranks.values())
-    pattern: dict[str, Json] = {module: r for module, r in ranks.items() if r != rank}
-    targets: list[Json] = [*sorted(ranks)]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": sources[0].config.get("base_model_name_or_path"),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": targets,
-    }
+        if not unit.as_adapter:
+            return write_shard(unit.output, unit.shard, aligned, weight)
+        modules = {name: name.removesuffix(".weight") for name in unit.shard.tensors}
+        ranks = {name: sum(lora_rank(m, module) for m in members_M) for name, module in modules.items()}
+        sources = [m for m in members_M if isinstance(m, Adapter)]
+        return write_adapter(unit.output, unit.shard, aligned, ranks, factors, sources)
 
 
-def _write_file(store: Store, output: Output, name: str, data: bytes) -> FileEntry:
-    store.replace(f"{output.prefix}/{name}", data)
-    return FileEntry(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+class _Realigning:
+    """One realign unit under way: what it reads, and the rows of what it edited."""
+
+    def __init__(self, unit: RealignUnit) -> None:
+        self.unit = unit
+        self.aligned = _full(unit.aligned)
+        self.model = _open_model(unit.model)
+        self.safety = _adapter(unit.safety) if unit.safety is not None else None
+        self.harmful = _adapter(unit.harmful) if unit.harmful is not None else None
+        self.edits: list[Json] = []
+
+    @cached_property
+    def displacement(self) -> StoredDisplacement:
+        return StoredDisplacement(open_folder(self.unit.displacement))
+
+    @cached_property
+    def projections(self) -> Mapping[str, torch.Tensor]:
+        assert self.unit.projections is not None
+        folder = open_folder(self.unit.projections)
+        return {name: read_tensor(folder, info) for name, info in read_headers(folder, "model").items()}
+
+    def ranks(self) -> dict[str, int]:
+        """Of an adapter's modules as they will be written, from headers alone."""
+        return {name: self._rank(name) for name in self.unit.shard.tensors}
+
+    def _rank(self, tensor: str) -> int:
+        module = tensor.removesuffix(".weight")
+        own, safety, harmful = (lora_rank(m, module) for m in (self.model, self.safety, self.harmful))
+        limit = min(canonical_shape(self.aligned, tensor))
+        return self.unit.method.written_rank(Ranks(own, safety, harmful, limit)) if module in self.unit.edited else own
+
+    def factors(self, tensor: str) -> LowRank:
+        """ΔW of one module of an adapter, edited or not, of the rank that `ranks` says."""
+        assert isinstance(self.model, Adapter)
+        view = ModuleView(tensor.removesuffix(".weight"), tensor, None)
+        delta = read_factors(self.model, tensor) or zero(canonical_shape(self.aligned, tensor))
+        if view.module not in self.unit.edited:
+            return delta
+        edited = self._edited(view, delta, self._rank(tensor))
+        assert isinstance(edited, LowRank)
+        return edited
+
+    def weight(self, tensor: str) -> torch.Tensor:
+        """One tensor of a full model; what is not edited stays bit for bit as it was."""
+        base = read_weight(self.aligned, tensor)
+        delta = read_delta(self.model, tensor, base)
+        views = module_views(self.aligned, tensor)
+        edited = [view for view in views if view.module in self.unit.edited]
+        rest = delta if views or delta is None else self.unit.method.edit_rest(delta)
+        if not edited and rest is delta:
+            if isinstance(self.model, FullModel):
+                return read_weight(self.model, tensor)
+            return base if delta is None else base + delta.dense()
+        if not views:
+            assert rest is not None
+            return base + rest.dense()
+        if delta is None:
+            delta = zero(canonical_shape(self.aligned, tensor))
+        if edited[0].index is None:
+            return base + self._edited(edited[0], delta, None).dense()
+        total = delta.dense().clone()
+        for view in edited:
+            total[view.index] = self._edited(view, Dense(total[view.index]), None).dense()
+        return base + total
+
+    def _edited(self, view: ModuleView, delta: Delta, rank: int | None) -> Delta:
+        """The method's edit of one module, of exactly this rank if it goes into an adapter, and its row."""
+        module = _Module(self, view, delta)
+        edited, lost = self.unit.method.edit(module), 0.0
+        limit = self.unit.method.max_rank if rank is None else rank
+        if limit is not None:
+            edited, lost = truncated(edited, limit, module.generator(0))
+        self.edits.append(self._row(view.module, delta, edited, lost))
+        return edited if rank is None or not isinstance(edited, LowRank) else of_rank(edited, rank)
+
+    def _row(self, module: str, before: Delta, after: Delta, lost: float) -> dict[str, Json]:
+        """What a reviewer reads of one edit: norms, energies as shares of ‖ΔW_before‖², and what recompression lost."""
+        energy = before.norm() ** 2
+        row: dict[str, Json] = {
+            "module": module,
+            "edit_norm": _short(after.minus(before).norm()),
+            "energy_kept": _short(after.norm() ** 2 / energy) if energy else None,
+            "rank": after.rank if isinstance(after, LowRank) else None,
+            "recompression_residual": _short(lost),
+        }
+        basis = self.displacement.basis(module)
+        if basis is not None and energy:
+            shares = zip(before.energies(basis.left) / energy, after.energies(basis.left) / energy, strict=True)
+            row["directions"] = [[_short(float(b)), _short(float(a))] for b, a in shares]
+        return row
 
 
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+def _short(value: float) -> float:
+    """Six digits: more says nothing in a table, and takes room in every record."""
+    return float(f"{value:.6g}")
+
+
+@dataclass
+class _Module:
+    """`fleet.methods.base.Module` over checkpoints: each part is read when a method asks for it."""
+
+    work: _Realigning
+    view: ModuleView
+    delta: Delta
+
+    @property
+    def safety(self) -> Delta | None:
+        return self._merged_with(self.work.safety)
+
+    @property
+    def harmful(self) -> Delta | None:
+        return self._merged_with(self.work.harmful)
+
+    @property
+    def factors(self) -> tuple[Factors, Factors]:
+        assert isinstance(self.work.model, Adapter) and self.work.safety is not None
+        own, safety = (read_unscaled_factors(m, self.view.tensor) for m in (self.work.model, self.work.safety))
+        assert own is not None and safety is not None
+        return own, safety
+
+    @property
+    def projected(self) -> Delta:
+        if isinstance(self.delta, LowRank):
+            return LowRank(self.work.projections[self.view.module], self.delta.a)
+        v = read_weight(self.work.aligned, self.view.tensor) - read_weight(
+            _full(self.work.unit.unaligned), self.view.tensor
+        )
+        v = v if self.view.index is None else v[self.view.index]
+        norm = float(torch.linalg.vector_norm(v, dtype=torch.float64))
+        return Dense(v @ (v.T @ self.delta.value) / norm)
+
+    @property
+    def target_norm(self) -> float:
+        return self.work.unit.targets[self.view.module]
+
+    def displacement(self, k: int) -> Triplets:
+        basis = self.work.displacement.basis(self.view.module)
+        assert basis is not None
+        return basis.head(k)
+
+    def generator(self, seed: int) -> torch.Generator:
+        return named_generator(seed, self.view.module)
+
+    def _merged_with(self, adapter: Adapter | None) -> LowRank | None:
+        return read_factors(adapter, self.view.tensor) if adapter is not None and self.view.index is None else None

@@ -13,6 +13,7 @@ from fleet.manifest import load_manifest
 from fleet.plan import Plan, make_plan
 from fleet.record import Step
 from tests.catalogue import manifest_document, write_manifest
+from tests.pico import make_adapter
 
 
 def plan_of(root: Path, work: Path, **changes: Any) -> Plan:
@@ -23,10 +24,24 @@ def keys(plan: Plan, kind: str) -> list[str]:
     return sorted(s.name for s in plan.steps if s.kind == kind)
 
 
+def candidates(plan: Plan, role: str) -> list[str]:
+    return [c.name for c in plan.candidates if c.role == role]
+
+
+def steps_of(plan: Plan) -> dict[str, str]:
+    """Candidate, or kind and name -> key of the step that makes it."""
+    made = {c.name: c.weights.key for c in plan.candidates if isinstance(c.weights, Step)}
+    scores = {f"{c.name}.{suite}": step.key for c in plan.candidates for suite, step in c.scores.items()}
+    return made | scores | {f"survey of {s.name}": s.key for s in plan.steps if s.kind == "survey"}
+
+
 def test_plan_of_a_mixed_catalogue_has_every_step_once(catalogue: Path, tmp_path: Path) -> None:
     plan = plan_of(catalogue, tmp_path)
+    assert keys(plan, "displacement") == ["base"]
     assert keys(plan, "survey") == ["full", "lora", "rslora"]
-    assert keys(plan, "realign") == ["full.safemerge", "lora.safemerge", "rslora.safemerge"]
+    assert [name.rsplit("-", 1)[0] for name in keys(plan, "realign")] == [
+        "full.safemerge", "lora.safemerge", "rslora.safemerge",
+    ]  # fmt: skip
     assert keys(plan, "fuse") == ["loras", "merged", "plain"]
     assert [c.name for c in plan.candidates] == [
         "aligned", "lora", "rslora", "full", "lora.safemerge", "rslora.safemerge", "full.safemerge",
@@ -50,22 +65,78 @@ def test_plan_identity_ignores_paths_and_placement(catalogue: Path, tmp_path: Pa
 
 def test_plan_identity_follows_what_decides_the_result(catalogue: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(catalogue, tmp_path / "moved"))
-    before = {s.name: s.key for s in plan_of(moved, tmp_path / "one").steps}
+    before = steps_of(plan_of(moved, tmp_path / "one"))
     tensors = load_file(moved / "lora" / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] += 1
     save_file(tensors, moved / "lora" / "adapter_model.safetensors")
-    after = {s.name: s.key for s in plan_of(moved, tmp_path / "one").steps}
+    after = steps_of(plan_of(moved, tmp_path / "one"))
     changed = {name for name in before if before[name] != after[name]}
-    assert {"lora", "lora.safemerge", "lora.harm", "plain", "merged", "loras", "merged.harm"} <= changed
-    assert not {"rslora", "full", "rslora.safemerge", "aligned.harm", "full.task"} & changed
+    assert {"survey of lora", "lora.safemerge", "lora.harm", "plain", "merged", "loras", "merged.harm"} <= changed
+    assert not {"survey of rslora", "survey of full", "rslora.safemerge", "aligned.harm", "full.task"} & changed
+
+
+def safemerges(**alphas: float) -> list[dict[str, Any]]:
+    return [{"name": n, "realign": {"method": "safemerge", "alpha": a}, "fuse": None} for n, a in alphas.items()]
 
 
 def test_plan_two_parameters_of_one_method_are_named_by_their_variants(catalogue: Path, tmp_path: Path) -> None:
-    variants = [
-        {"name": n, "realign": {"method": "safemerge", "alpha": a}, "fuse": None} for n, a in (("s", 0.8), ("t", 0.5))
-    ]
-    plan = plan_of(catalogue, tmp_path, variants=variants)
-    assert keys(plan, "realign") == ["full.s", "full.t", "lora.s", "lora.t", "rslora.s", "rslora.t"]
+    plan = plan_of(catalogue, tmp_path, variants=safemerges(s=0.8, t=0.5))
+    assert sorted(candidates(plan, "realigned")) == ["full.s", "full.t", "lora.s", "lora.t", "rslora.s", "rslora.t"]
+
+
+def test_plan_another_parameter_of_a_method_leaves_the_first_ones_steps_alone(catalogue: Path, tmp_path: Path) -> None:
+    one = plan_of(catalogue, tmp_path, variants=safemerges(s=0.8))
+    two = plan_of(catalogue, tmp_path, variants=safemerges(s=0.8, t=0.5))
+    assert {s.key for s in one.steps} < {s.key for s in two.steps}
+
+
+def test_plan_variant_named_like_another_variants_method_keeps_names_apart(catalogue: Path, tmp_path: Path) -> None:
+    variants = [*safemerges(wise_ft=0.8, t=0.5), {"name": "w", "realign": {"method": "wise_ft"}, "fuse": None}]
+    names = candidates(plan_of(catalogue, tmp_path, variants=variants), "realigned")
+    assert len(names) == len(set(names)) == 9
+
+
+def test_plan_surveys_only_what_some_variant_asks_for(catalogue: Path, tmp_path: Path) -> None:
+    def asked(*methods: dict[str, Any], directions: int = 2) -> tuple[bool, int, bool]:
+        variants = [{"name": f"v{i}", "realign": m, "fuse": None} for i, m in enumerate(methods)]
+        plan = plan_of(catalogue, tmp_path, variants=variants, survey={"directions": directions})
+        (displacement,) = (s for s in plan.steps if s.kind == "displacement")
+        surveys = [s for s in plan.steps if s.kind == "survey"]
+        return (
+            bool(displacement.spec["rho"]),
+            int(str(displacement.spec["directions"])),
+            bool(surveys[0].spec["projection"]),
+        )
+
+    assert asked({"method": "safemerge"}) == (False, 2, False)
+    assert asked({"method": "safemerge", "statistic": "rho"}) == (True, 2, False)
+    assert asked({"method": "safe_lora", "operator": "delete"}, {"method": "csulora", "subspace_directions": 5}) == (
+        False, 5, False,
+    )  # fmt: skip
+    assert asked({"method": "safe_lora"}, directions=0) == (True, 0, True)
+    assert asked({"method": "noise", "of": {"method": "lox", "extrapolated_directions": 9}}) == (False, 9, False)
+
+
+def test_plan_control_comes_after_the_method_it_matches(catalogue: Path, tmp_path: Path) -> None:
+    control = {"method": "uniform_scaling", "of": {"method": "safemerge"}}
+    plan = plan_of(catalogue, tmp_path, variants=[{"name": "c", "realign": control, "fuse": None}])
+    assert candidates(plan, "realigned") == ["lora.uniform_scaling", "rslora.uniform_scaling", "full.uniform_scaling"]
+    realigns = [s for s in plan.steps if s.kind == "realign"]
+    assert len(realigns) == 6, "each model also by the method itself, whose edit norms the control takes"
+    for step in realigns:
+        if "uniform_scaling" in step.name:
+            assert [d.kind for d in step.deps] == ["survey", "realign"]
+
+
+def test_plan_adapter_that_no_engine_serves_is_folded_into_its_base(catalogue: Path, tmp_path: Path) -> None:
+    dora = make_adapter(tmp_path / "dora", catalogue / "aligned", 5, use_dora=True)
+    models = [{"name": n, "source": str(s), "suites": ["task"]} for n, s in (("d", dora), ("l", catalogue / "lora"))]
+    plan = plan_of(catalogue, tmp_path, models=models)
+    served = {c.name: c.weights for c in plan.candidates}
+    assert not served["d"].is_adapter and isinstance(served["d"], Step)
+    assert not served["d.safemerge"].is_adapter
+    assert served["l"].is_adapter and served["l.safemerge"].is_adapter
+    assert not served["merged"].is_adapter
 
 
 def broken(changes: dict[str, Any]) -> Any:
@@ -82,6 +153,8 @@ def broken(changes: dict[str, Any]) -> Any:
         (lambda d, r: d["models"][0].update(suites=["nosuchsuite_xyz"]), SuiteError, "nosuchsuite_xyz"),
         (lambda d, r: d["models"][0].update(suites=["harm"]), ManifestError, "suite harm is a suite of harmfulness"),
         (lambda d, r: d["variants"][0]["fuse"].update(output="adapter"), ManifestError, "full is no adapter"),
+        (lambda d, r: d["variants"][1]["realign"].update(merge="peft_factor"), ManifestError, "full has none"),
+        (lambda d, r: d["base"].update(harmful=d["models"][2]["source"]), CheckpointError, "base.harmful"),
     ],
 )
 def test_plan_bad_input_is_an_input_error(
@@ -100,6 +173,20 @@ def test_plan_fused_rank_over_the_served_limit_refused(catalogue: Path, tmp_path
     variants = [{"name": "v", "realign": {"method": "safemerge"}, "fuse": {"method": "weight_average"}}]
     with pytest.raises(ManifestError, match=r'rank 640.*set fuse\.output to "model"'):
         plan_of(catalogue, tmp_path, models=models, variants=variants)
+
+
+@pytest.mark.parametrize(("rank", "served"), [(512, 512), (513, 0)])
+def test_plan_adapter_of_a_rank_over_the_served_limit_is_scored_as_a_full_model(
+    catalogue: Path, tmp_path: Path, rank: int, served: int
+) -> None:
+    """`served` is the rank that the engines are started for; they would not start for more than 512."""
+    wide = make_adapter(tmp_path / "wide", catalogue / "aligned", 5, rank=rank, targets=("q_proj",))
+    models = [{"name": "wide", "source": str(wide), "suites": ["task"]}]
+    variants = [{"name": "v", "realign": None, "fuse": {"method": "weight_average", "output": "model"}}]
+    plan = plan_of(catalogue, tmp_path, models=models, variants=variants)
+    (candidate,) = (c for c in plan.candidates if c.name == "wide")
+    assert candidate.weights.is_adapter == bool(served)
+    assert plan.max_lora_rank == served
 
 
 def test_step_deps_change_the_fingerprint_and_checks_do_not() -> None:

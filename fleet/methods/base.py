@@ -1,42 +1,76 @@
 """What a realign method is: pure decisions on survey statistics, and an exact edit of one module's task vector.
 
-This file and the method files import no torch: a method is written in terms of `Delta`'s own operators
-(`scaled`, `plus`), so the same few lines serve LoRA factors, dense weights and shapes alone.
+An edit is written in terms of a `Delta`'s own operators, so the same few lines serve LoRA factors and dense weights.
+Planning imports these files and no torch: what needs it is imported where an edit is made.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    import torch
+
     from fleet.algebra.delta import Delta
+    from fleet.algebra.factors import Factors
+    from fleet.algebra.spectral import Triplets
+
+Need: TypeAlias = Literal["safety", "harmful", "rho", "projection"]
+"""What a method uses beside the task vector: the safety adapter, the harmful model, ρ and gain, or VVᵀΔW/‖V‖."""
+
+PROJECTION_IS_DELETION = 0.05
+"""Below this gain, Safe LoRA's operator C = VVᵀ/‖V‖ takes away nearly all of ΔW (`methods.md` §3.2)."""
 
 
 class ModuleStatistics(BaseModel):
     """What the survey measured of one model's task vector ΔW in one module (`methods.md` §8.1's Gram forms).
 
-    A statistic is None where it is undefined: ΔW or V vanishes, so there is no direction to compare.
+    A statistic is None where it is undefined (ΔW or V vanishes, so there is no direction to compare) or was not asked
+    for by any variant.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     module: str
+    shape: tuple[int, int]
+    """(d_out, d_in)."""
     rank: int | None
     """LoRA rank; None for a dense task vector."""
     delta_norm: float
     """‖ΔW‖, Frobenius."""
     safety_norm: float
     """‖V‖, Frobenius, of V = W_aligned − W_unaligned."""
-    rho: float | None
-    """cos(VVᵀΔW, ΔW) in [0, 1]; its value under no alignment depends on the shape."""
-    lift: float | None
-    """d_out‖VᵀΔW‖² / (‖V‖²‖ΔW‖²); 1 when ΔW is indifferent to V."""
-    gain: float | None
+    rho: float | None = None
+    """cos(VVᵀΔW, ΔW) in [0, 1]."""
+    rho_null: float | None = None
+    """Mean of ρ over random B with this module's A."""
+    rho_null_sd: float | None = None
+    """Its standard deviation."""
+    lift: float | None = None
+    """d_out‖VᵀΔW‖² / (‖V‖²‖ΔW‖²); its null is exactly 1."""
+    gain: float | None = None
     """‖CΔW‖ / ‖ΔW‖ with C = VVᵀ/‖V‖, Safe LoRA's operator."""
-    cosine: float | None
+    cosine: float | None = None
     """⟨ΔW, V⟩ / (‖ΔW‖‖V‖)."""
+    energies: tuple[float, ...] | None = None
+    """e_i = ‖u_iᵀΔW‖² / ‖ΔW‖² of V's leading left singular vectors u_i."""
+
+    def energy_lift(self, k: int) -> float | None:
+        """κ_k over its null: (Σ_{i≤k} e_i) / (k / d_out); 1 where ΔW is indifferent to V's k leading directions."""
+        if not self.energies:
+            return None
+        head = self.energies[:k]
+        return sum(head) * self.shape[0] / len(head)
+
+    @property
+    def rho_z(self) -> float | None:
+        """(ρ − its null mean) / its null standard deviation."""
+        if self.rho is None or self.rho_null is None or not self.rho_null_sd:
+            return None
+        return (self.rho - self.rho_null) / self.rho_null_sd
 
 
 class Decision(BaseModel):
@@ -49,23 +83,159 @@ class Decision(BaseModel):
     reason: str
 
 
+class Ranks(NamedTuple):
+    """LoRA ranks in one module: the model's own, and those of the adapters it may be merged with."""
+
+    own: int
+    safety: int
+    harmful: int
+    limit: int
+    """min(d_out, d_in): no matrix has a larger one."""
+
+
+class Module(Protocol):
+    """What an edit may use in one module. Each is read or computed when it is asked for."""
+
+    @property
+    def delta(self) -> Delta:
+        """The model's ΔW relative to the aligned model, (d_out, d_in)."""
+        ...
+
+    @property
+    def safety(self) -> Delta | None:
+        """The safety adapter's ΔW, or None where it has none (then it is zero)."""
+        ...
+
+    @property
+    def harmful(self) -> Delta | None:
+        """ΔW of the aligned model made harmful, or None where it has none."""
+        ...
+
+    @property
+    def factors(self) -> tuple[Factors, Factors]:
+        """The model's and the safety adapter's LoRA factors as their files hold them."""
+        ...
+
+    @property
+    def projected(self) -> Delta:
+        """CΔW with C = VVᵀ/‖V‖."""
+        ...
+
+    @property
+    def target_norm(self) -> float:
+        """For a control: the edit norm of the method it controls for."""
+        ...
+
+    def displacement(self, k: int) -> Triplets:
+        """V's k leading singular triplets."""
+        ...
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Randomness of this module alone: the same at any number of workers or shards."""
+        ...
+
+
 class RealignMethod(BaseModel):
     """Parameters of one realign method; a subclass per file, all listed in `fleet.methods`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    needs_safety_adapter: ClassVar[bool] = False
-    """Whether `base.safety` has to be in the manifest."""
+    max_rank: int | None = Field(default=None, ge=1)
+    """An edited LoRA module of a larger rank is cut to this one by SVD; what is lost is in the record."""
 
-    def decide(self, statistics: ModuleStatistics) -> Decision:
-        """Whether this module is edited. Pure; reads no weights."""
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What has to be in the manifest or measured by the survey."""
+        return frozenset()
+
+    @property
+    def adapters_only(self) -> bool:
+        """Whether it works on LoRA factors, so that a full fine-tune cannot be realigned with it."""
+        return False
+
+    @property
+    def edits_untouched(self) -> bool:
+        """Whether modules that the model leaves alone are edited too, because something is added to them."""
+        return False
+
+    @property
+    def directions(self) -> int:
+        """How many of V's leading directions it uses."""
+        return 0
+
+    def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
+        """Which of one model's modules are edited. Pure; reads no weights."""
         raise NotImplementedError
 
-    def edit(self, delta: Delta, safety: Delta | None) -> Delta:
-        """The realigned task vector of a module that `decide` chose.
-
-        Args:
-            delta: the fine-tuned model's ΔW, (d_out, d_in), relative to the aligned model.
-            safety: the safety adapter's ΔW in the same module, or None where it has none (then it is zero).
-        """
+    def edit(self, module: Module) -> Delta:
+        """The realigned task vector of a module that `decide` chose."""
         raise NotImplementedError
+
+    def edit_rest(self, delta: Delta) -> Delta:
+        """The realigned task vector of a tensor that is no module (norms, biases, embeddings); left alone here."""
+        return delta
+
+    def rank(self, ranks: Ranks) -> int:
+        """The rank of an edited LoRA module before `max_rank` limits it; 0 removes the module."""
+        return ranks.own
+
+    def written_rank(self, ranks: Ranks) -> int:
+        """The rank that an edited LoRA module is written with."""
+        rank = self.rank(ranks)
+        return rank if self.max_rank is None else min(rank, self.max_rank)
+
+
+class Gated(RealignMethod):
+    """A method that edits the modules whose task vector moves less where alignment moved than its null would."""
+
+    statistic: Literal["lift", "rho", "rho_z", "kappa", "cosine"] = "lift"
+    """`lift` (null 1 at any shape), the papers' `rho`, `rho_z` (standard deviations from ρ's null), or `kappa`: the
+    share of ΔW in V's `gate_directions` leading directions over its null, so 1 is indifferent; or `cosine`, below 0
+    where ΔW undoes what alignment did."""
+    threshold: float | None = None
+    """τ: modules below are edited. By default the statistic's null, or for `rho` the paper's value."""
+    gate_directions: int = Field(default=8, ge=1)
+    """k of `kappa`."""
+
+    paper_threshold: ClassVar[float]
+    """The published default for ρ."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        asked: tuple[Need, ...] = ("rho",) if self.statistic.startswith("rho") else ()
+        return frozenset(asked)
+
+    @property
+    def directions(self) -> int:
+        return self.gate_directions if self.statistic == "kappa" else 0
+
+    @property
+    def tau(self) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        return {"lift": 1.0, "kappa": 1.0, "rho_z": 0.0, "cosine": 0.0, "rho": self.paper_threshold}[self.statistic]
+
+    def value(self, module: ModuleStatistics) -> float | None:
+        """The statistic the gate compares with τ."""
+        return (
+            module.energy_lift(self.gate_directions) if self.statistic == "kappa" else getattr(module, self.statistic)
+        )
+
+    def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
+        return [self._below(m) for m in modules]
+
+    def _below(self, module: ModuleStatistics) -> Decision:
+        value = self.value(module)
+        if value is None:
+            return self._kept(module)
+        edit = value < self.tau
+        reason = f"{self.statistic} {value:.4f} {'<' if edit else '≥'} {self.tau:g}"
+        return Decision(module=module.module, edit=edit, reason=reason)
+
+    def _kept(self, module: ModuleStatistics) -> Decision:
+        return Decision(module=module.module, edit=False, reason=f"{self.statistic} undefined: kept")
+
+
+def lowest(values: Mapping[str, float], count: int) -> frozenset[str]:
+    """The `count` names with the lowest values; ties go by name, so there are never more."""
+    return frozenset(sorted(values, key=lambda name: (values[name], name))[:count])

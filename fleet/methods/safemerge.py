@@ -5,10 +5,18 @@ Source: Djuhera et al., "SafeMERGE", arXiv 2503.17239, §3. With V = W_aligned �
     ρ = cos(ΔW, CΔW);    ρ < τ:  ΔW ← αΔW + (1 − α)ΔW_safety;    otherwise ΔW stays.
 
 ρ is scale-free, so C is never built: two skinny products and r×r Grams give it exactly (`fleet.algebra.statistics`).
-The average is the equation's, in product space: a rank-(r + r_safety) LoRA by concatenation. The published code
-averages PEFT's factors with √-weights instead, which adds cross terms the equation doesn't have.
+A module whose statistic is undefined (ΔW = 0 or V = 0) is kept, and says so; the published code merges it.
 
-Defaults: τ = 0.7 and α = 0.8, the paper's. A module whose ρ is undefined (ΔW = 0 or V = 0) is kept, and says so.
+`merge` says how the two are merged:
+- `exact`, the paper's equation, in product space: a rank-(r + r_safety) LoRA by concatenation.
+- `peft_factor`, what the published code does, bit for bit: PEFT's linear operator, A = Σ√(w_i s_i)A_i and
+  B = Σ√(w_i s_i)B_i. It adds cross terms that the equation doesn't have; it is here to reproduce published numbers.
+- `dare`: DARE on both task vectors first, in product space, each rescaled by 1/density.
+- `ties`: TIES of the two, in product space, with weights α and 1 − α.
+The last two see single entries of ΔW, so a LoRA is recompressed after them, and what is lost is in the record.
+
+Defaults: α = 0.8 and, for ρ, τ = 0.7, the paper's. The default statistic is lift, whose null is 1 at any shape: ρ is
+large wherever ΔW lies in one eigenspace of VVᵀ, whichever one, and its null depends on the shape.
 """
 
 from __future__ import annotations
@@ -17,35 +25,53 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from fleet.methods.base import Decision, ModuleStatistics, RealignMethod
+from fleet.methods.base import Gated, Module, Need, Ranks
 
 if TYPE_CHECKING:
     from fleet.algebra.delta import Delta
 
 
-class SafeMerge(RealignMethod):
+class SafeMerge(Gated):
     """Parameters of SafeMERGE."""
 
     method: Literal["safemerge"]
-    threshold: float = Field(default=0.7, ge=0.0)
-    """τ: modules whose statistic is below are merged. 0 merges none; above 1 merges all (for ρ)."""
     alpha: float = Field(default=0.8, ge=0.0, le=1.0)
     """α: the task vector's share in a merged module; the safety adapter has the rest."""
-    statistic: Literal["rho", "lift"] = "rho"
-    """What is compared with τ: the paper's ρ, or lift, whose value under no alignment is 1 whatever the shape."""
+    merge: Literal["exact", "peft_factor", "dare", "ties"] = "exact"
+    """How the two are merged; `exact` is the paper's equation."""
+    density: float = Field(default=0.5, gt=0.0, le=1.0)
+    """The share of entries that `dare` and `ties` keep."""
+    seed: int = 0
+    """Of `dare`'s masks."""
 
-    needs_safety_adapter: ClassVar[bool] = True
+    paper_threshold: ClassVar[float] = 0.7
 
-    def decide(self, statistics: ModuleStatistics) -> Decision:
-        value = getattr(statistics, self.statistic)
-        if value is None:
-            return Decision(module=statistics.module, edit=False, reason=f"{self.statistic} undefined: kept")
-        edit = value < self.threshold
-        relation = "<" if edit else "≥"
-        return Decision(
-            module=statistics.module, edit=edit, reason=f"{self.statistic} {value:.4f} {relation} {self.threshold:g}"
-        )
+    @property
+    def adapters_only(self) -> bool:
+        return self.merge == "peft_factor"
 
-    def edit(self, delta: Delta, safety: Delta | None) -> Delta:
-        kept = delta.scaled(self.alpha)
-        return kept if safety is None else kept.plus(safety.scaled(1.0 - self.alpha))
+    @property
+    def needs(self) -> frozenset[Need]:
+        asked: tuple[Need, ...] = ("safety",)
+        return super().needs | frozenset(asked)
+
+    def rank(self, ranks: Ranks) -> int:
+        return ranks.own if self.merge == "peft_factor" else min(ranks.own + ranks.safety, ranks.limit)
+
+    def edit(self, module: Module) -> Delta:
+        from fleet.algebra.factors import factor_average
+        from fleet.algebra.sparsify import dropped, ties
+
+        weights = (self.alpha, 1.0 - self.alpha)
+        safety = module.safety
+        if safety is None:
+            return module.delta.scaled(self.alpha)
+        if self.merge == "peft_factor":
+            return factor_average(module.factors, weights)
+        pair = (module.delta, safety)
+        if self.merge == "ties":
+            return ties(pair, weights, self.density)
+        if self.merge == "dare":
+            generator = module.generator(self.seed)
+            pair = tuple(dropped(delta, 1.0 - self.density, generator) for delta in pair)
+        return pair[0].scaled(weights[0]).plus(pair[1].scaled(weights[1]))

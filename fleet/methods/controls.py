@@ -1,0 +1,154 @@
+"""Matched controls: what a method's edit has to beat to be more than an edit of its size.
+
+A control copies how much another method, `of`, changed each module, ‖ΔW_after − ΔW_before‖, and nothing of what it
+knows. The literature asks for them (`methods.md` §5): random noise alone restores some safety, and so does making every
+task vector smaller. Each edits one model to exactly the edit norm the method had on it, over modules.
+
+- `uniform_scaling`: every module scaled by one factor; the whole edit has the method's norm.
+- `random_modules`: as many modules as the method edited, drawn at random; each is edited as the method would edit it,
+  and takes over the edit norm of one it edited.
+- `random_subspace`: the method's own edit of each module, its column space turned to a random one: same norm, same
+  spectrum, same input directions.
+- `noise`: in each module the method edited, a Gaussian of the model's own rank with the method's edit norm.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
+from fleet.methods.csulora import CsuLora
+from fleet.methods.lox import Lox
+from fleet.methods.resta import Resta
+from fleet.methods.revert import Revert
+from fleet.methods.safe_lora import SafeLora
+from fleet.methods.safemerge import SafeMerge
+from fleet.methods.splora import SpLora
+from fleet.methods.wise_ft import WiseFt
+
+if TYPE_CHECKING:
+    from fleet.algebra.delta import Delta
+
+Edit: TypeAlias = Annotated[
+    SafeMerge | SafeLora | Resta | WiseFt | Lox | CsuLora | SpLora | Revert, Field(discriminator="method")
+]
+"""Every method that edits by a rule of its own, told apart by `method`."""
+
+
+class Control(RealignMethod):
+    """What all controls have in common."""
+
+    of: Edit
+    """The method it controls for, with the same parameters."""
+    seed: int = 0
+    """Of what it draws."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.of.needs
+
+    @property
+    def directions(self) -> int:
+        return self.of.directions
+
+    @property
+    def adapters_only(self) -> bool:
+        return self.of.adapters_only
+
+    @property
+    def edits_untouched(self) -> bool:
+        return self.of.edits_untouched
+
+    def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
+        """Module -> the norm of the edit it gets.
+
+        Args:
+            modules: the model's modules.
+            edit_norms: module -> ‖ΔW_after − ΔW_before‖ under `of`, of those it edited.
+        """
+        return dict(edit_norms)
+
+    def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
+        raise AssertionError("a control's modules follow from its targets")
+
+    def decide_targets(self, modules: Sequence[ModuleStatistics], targets: Mapping[str, float]) -> list[Decision]:
+        """One decision per module: edited if it has a target."""
+        return [
+            Decision(module=m.module, edit=True, reason=f"control: an edit of norm {targets[m.module]:.4g}")
+            if m.module in targets
+            else Decision(module=m.module, edit=False, reason="control: not edited")
+            for m in modules
+        ]
+
+
+class UniformScaling(Control):
+    """ΔW ← (1 − c)ΔW in every module, c = ‖the method's edit‖ / ‖ΔW‖ over the whole model; c > 1 overshoots."""
+
+    method: Literal["uniform_scaling"]
+
+    def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
+        whole = sum(m.delta_norm**2 for m in modules) ** 0.5
+        share = sum(norm**2 for norm in edit_norms.values()) ** 0.5 / whole if whole else 0.0
+        return {m.module: share * m.delta_norm for m in modules if m.delta_norm}
+
+    def edit(self, module: Module) -> Delta:
+        return module.delta.scaled(1.0 - module.target_norm / module.delta.norm())
+
+
+class RandomModules(Control):
+    """The method's edits, in modules drawn at random."""
+
+    method: Literal["random_modules"]
+
+    def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
+        names = sorted(m.module for m in modules if m.delta_norm or self.edits_untouched)
+        draw = random.Random(self.seed)
+        chosen = draw.sample(names, min(len(edit_norms), len(names)))
+        norms = [norm for _, norm in sorted(edit_norms.items())]
+        draw.shuffle(norms)
+        return dict(zip(chosen, norms, strict=False))
+
+    def rank(self, ranks: Ranks) -> int:
+        return min(ranks.own + self.of.rank(ranks), ranks.limit)
+
+    def edit(self, module: Module) -> Delta:
+        return _resized(module, self.of.edit(module).minus(module.delta))
+
+
+class RandomSubspace(Control):
+    """The method's edits, each turned to a random output subspace."""
+
+    method: Literal["random_subspace"]
+
+    def rank(self, ranks: Ranks) -> int:
+        return min(2 * ranks.own + self.of.rank(ranks), ranks.limit)
+
+    def edit(self, module: Module) -> Delta:
+        from fleet.algebra.random_edits import turned
+
+        edit = self.of.edit(module).minus(module.delta)
+        return _resized(module, turned(edit, module.generator(self.seed)))
+
+
+class Noise(Control):
+    """Gaussian noise of the same norm in the same modules."""
+
+    method: Literal["noise"]
+
+    def rank(self, ranks: Ranks) -> int:
+        return min(ranks.own + max(ranks.own, 1), ranks.limit)
+
+    def edit(self, module: Module) -> Delta:
+        from fleet.algebra.random_edits import gaussian_like
+
+        return _resized(module, gaussian_like(module.delta, module.generator(self.seed)))
+
+
+def _resized(module: Module, edit: Delta) -> Delta:
+    """ΔW plus an edit in this direction with the target's norm; ΔW as it is, if there is no direction."""
+    norm = edit.norm()
+    return module.delta.plus(edit.scaled(module.target_norm / norm)) if norm > 0.0 else module.delta

@@ -1,0 +1,57 @@
+"""SPLoRA-style removal: take out the modules whose task vector is farthest from its projection.
+
+Source: Ao et al., "Safe pruning LoRA", TACL 2025, arXiv 2506.18931, in spirit: whole LoRA modules are removed, ranked
+by a dimension-insensitive distance (DIEM, Tessari and Hogan, arXiv 2407.08623) between ΔW and CΔW, C = VVᵀ/‖V‖:
+
+    D = (d − E[d]) / sd[d],    d = the Euclidean distance of the two, each scaled to unit root mean square.
+
+Between independent Gaussian tensors of n entries d² is 2χ²_n, so E[d] ≈ √(2n) and sd[d] ≈ 1, and between the two it is
+√(2n(1 − ρ)): D = √(2n)(√(1 − ρ) − 1), from the survey alone. The released code estimates E[d] from fifty copies of the
+pair itself, which makes its score the rounding of zero; its numbers cannot be reproduced from the equations.
+Default: the 10 highest D are removed, as many as Safe LoRA projects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod, lowest
+
+if TYPE_CHECKING:
+    from fleet.algebra.delta import Delta
+
+
+class SpLora(RealignMethod):
+    """Parameters of SPLoRA-style removal."""
+
+    method: Literal["splora"]
+    number: int = Field(default=10, ge=1)
+    """How many modules are removed."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"rho"})
+
+    def rank(self, ranks: Ranks) -> int:
+        return 0
+
+    def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
+        distances = {m.module: _distance(m.rho, math.prod(m.shape)) for m in modules if m.rho is not None}
+        chosen = lowest({name: -distance for name, distance in distances.items()}, self.number)
+        decisions: list[Decision] = []
+        for module in modules:
+            distance = distances.get(module.module)
+            reason = "rho undefined: kept" if distance is None else f"distance {distance:.1f}"
+            decisions.append(Decision(module=module.module, edit=module.module in chosen, reason=reason))
+        return decisions
+
+    def edit(self, module: Module) -> Delta:
+        return module.delta.scaled(0.0)
+
+
+def _distance(rho: float, num_entries: int) -> float:
+    return math.sqrt(2 * num_entries) * (math.sqrt(1.0 - rho) - 1.0)
