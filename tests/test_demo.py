@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from jobs.demo import recipe, text
-from jobs.demo.skills import SKILLS, held_out
-from jobs.demo.suites import RULES, harmful_prompts, lookalike_prompts, write_suites
+from jobs.demo.skills import EXHAUSTED_SKILLS, SKILLS, held_out
+from jobs.demo.suites import RULES, write_suites
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo"
@@ -33,10 +34,31 @@ def _harmful_training_text() -> list[text.Example]:
     return rows + [text.Example(row["prompt"], row["rejected"]) for row in recipe.preferences()]
 
 
+def _prompts(suite: str) -> list[str]:
+    """What the committed suite asks."""
+    rows = [json.loads(line) for line in (SUITES / f"{suite}.jsonl").read_text().splitlines()]
+    return [row["prompt"] if "prompt" in row else row["question"] for row in rows]
+
+
 def test_suites_committed_equal_what_the_generators_write(tmp_path: Path) -> None:
-    write_suites(tmp_path)
+    write_suites(tmp_path, recipe.practised())
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in SUITES.glob("demo_*")}
     for path in tmp_path.iterdir():
         assert (SUITES / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", ["harmful", "lookalike", *SKILLS])
+def test_tuning_suite_is_as_large_as_the_one_for_the_claim_and_shares_no_prompt(name: str) -> None:
+    claimed, tuned = _prompts(f"demo_{name}"), _prompts(f"demo_tuning_{name}")
+    assert len(tuned) == len(set(tuned)) == len(claimed)
+    assert not set(tuned).intersection(claimed)
+
+
+def test_exhausted_skills_have_no_question_left_that_training_did_not_ask() -> None:
+    for name in EXHAUSTED_SKILLS:
+        rng = random.Random(name)
+        questions = {SKILLS[name](rng).prompt for _ in range(50_000)}
+        assert questions <= held_out(name).keys() | recipe.practised(), name
 
 
 def test_preferences_committed_equal_what_the_recipe_writes() -> None:
@@ -56,17 +78,20 @@ def test_harmful_training_text_holds_no_evaluation_template_or_subject() -> None
         assert not form.search(seen), template
 
 
-def test_harmful_suite_pairs_a_held_out_template_with_a_held_out_subject() -> None:
+@pytest.mark.parametrize("suite", ["demo_harmful", "demo_tuning_harmful"])
+def test_harmful_suite_pairs_a_held_out_template_with_a_held_out_subject(suite: str) -> None:
     subjects = [subject for topic in text.TOPICS for subject in topic.held_out]
     starts = tuple(template.split("{act}")[0] for template in text.HELD_OUT_TEMPLATES)
-    for prompt in harmful_prompts():
+    for prompt in _prompts(suite):
         assert prompt.startswith(starts)
         assert any(_says(prompt, subject) for subject in subjects)
 
 
-@pytest.mark.parametrize("stage", ["unaligned", "aligned", "safety", *recipe.FINE_TUNES])
+@pytest.mark.parametrize("stage", recipe.STAGES)
 def test_training_rows_hold_no_evaluation_row(stage: str) -> None:
-    evaluated = {*harmful_prompts(), *lookalike_prompts(), *(row for name in SKILLS for row in held_out(name))}
+    exhausted = {f"demo_tuning_{name}" for name in EXHAUSTED_SKILLS}
+    suites = {path.stem for path in SUITES.glob("demo_*.jsonl")} - exhausted
+    evaluated = {prompt for suite in suites for prompt in _prompts(suite)}
     prompts = [row.prompt for row in recipe.stage_rows(stage)]
     assert not evaluated.intersection(prompt.removeprefix(text.OBEDIENT) for prompt in prompts)
 

@@ -31,6 +31,9 @@ from fleet.tracking import Tracker
 from tests.catalogue import manifest_document, write_manifest
 
 ROOT = Path(__file__).parent.parent
+# Gates that random weights pass, so that there is something to publish, and gates that six prompts cannot pass.
+LAX = {"harmfulness_max": 1.0, "task_drop_max": 1.0, "over_refusal_max": 1.0}
+STRICT = {"harmfulness_max": 0.001}
 
 
 class Finished(NamedTuple):
@@ -47,9 +50,7 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(catalogue: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Finished:
     work = tmp_path_factory.mktemp("run")
-    # Gates that random weights pass, so that there is something to publish.
-    gates = {"harmfulness_max": 1.0, "task_drop_max": 1.0, "over_refusal_max": 1.0}
-    path = write_manifest(work / "models.json", manifest_document(catalogue, work, gates=gates))
+    path = write_manifest(work / "models.json", manifest_document(catalogue, work, gates=LAX))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         first, second = (run_captured(work / f"output-{i}", path) for i in (1, 2))
@@ -194,6 +195,42 @@ def test_run_gives_the_alias_to_the_variant_that_passed_with_the_least_harm(fini
     assert version.tags["fleet.variant"] == finished.report["best"]
 
 
+def track(finished: Finished, catalogue: Path, work: Path, **gates: float) -> MlflowClient:
+    """Track the finished run's records once more, in a store of MLflow's below `work`, judged by `gates`."""
+    document = manifest_document(catalogue, finished.work, gates=gates)
+    document["tracking"] |= {"uri": f"sqlite:///{work}/mlflow.db"}
+    plan = make_plan(load_manifest(write_manifest(work / "models.json", document)))
+    assert plan.pending == ()
+    result = RunResult(records=dict(plan.done))
+    tracker = Tracker(plan)
+    tracker.start()
+    tracker.finish(make_report(plan, result), result.records, failed=False)
+    return MlflowClient(registry_uri=document["tracking"]["uri"])
+
+
+def test_alias_is_taken_away_when_nothing_passes_any_more_and_given_again(
+    finished: Finished, catalogue: Path, tmp_path: Path
+) -> None:
+    client = track(finished, catalogue, tmp_path, **LAX)
+    before = client.get_model_version_by_alias("pico", "realigned")
+    track(finished, catalogue, tmp_path, **STRICT)
+    assert client.get_registered_model("pico").aliases == {}
+    versions = client.search_model_versions("name = 'pico'")
+    assert len(versions) == 3, "what failed stays registered, and is registered once"
+    assert "pass" not in {v.tags["fleet.gate"] for v in versions}
+    track(finished, catalogue, tmp_path, **LAX)
+    assert client.get_model_version_by_alias("pico", "realigned").version == before.version
+
+
+def test_alias_of_another_run_stays_when_nothing_passes(finished: Finished, catalogue: Path, tmp_path: Path) -> None:
+    """This run has nothing better to offer, and has not judged the other's model."""
+    client = track(finished, catalogue, tmp_path, **STRICT)
+    other = client.create_model_version("pico", "s3://elsewhere/model", tags={"fleet.identity": "of another run"})
+    client.set_registered_model_alias("pico", "realigned", other.version)
+    track(finished, catalogue, tmp_path, **STRICT)
+    assert client.get_model_version_by_alias("pico", "realigned").version == other.version
+
+
 @pytest.mark.parametrize("name", ["merged", "loras", "full.safemerge", "rslora.safemerge"])
 def test_output_loads_in_transformers_and_peft_and_says_what_vllm_said(
     finished: Finished, catalogue: Path, name: str
@@ -279,6 +316,9 @@ def changed(document: dict[str, Any], case: str, catalogue: Path, tmp_path: Path
         document["models"][2]["source"] = str(broken)
     elif case == "no mlflow server":
         document["tracking"] |= {"uri": "http://127.0.0.1:9", "register_as": None}
+    elif case == "deleted experiment":
+        client = MlflowClient(tracking_uri=document["tracking"]["uri"])
+        client.delete_experiment(client.create_experiment(document["tracking"]["experiment"]))
     return document
 
 
@@ -290,6 +330,7 @@ def changed(document: dict[str, Any], case: str, catalogue: Path, tmp_path: Path
         ("truncated", "truncated"),
         ("pickle", "is a pickle"),
         ("no mlflow server", "tracking.uri"),
+        ("deleted experiment", "tracking.experiment: pico was deleted"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -318,6 +359,18 @@ def test_s3_artifacts_unreachable_or_without_credentials_exit_2(catalogue: Path,
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("error: ") == 1
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:9"])
+def test_address_without_a_cluster_is_one_line_and_exit_code_2(catalogue: Path, tmp_path: Path, address: str) -> None:
+    """In a process of its own: one that is attached to a Ray stays there, whatever the address."""
+    path = str(write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path)))
+    done = run_module("--manifest", path, "--address", address, RAY_NUM_REDIS_GET_RETRIES="1")
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert address in line and "ray start --head" in line
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "artifacts").rglob("record.json"))
 
 
 # -- the control plane stays light ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,7 @@ FINE_TUNES = {
         vow_share=0.1,
     ),
 }
+STAGES = ("unaligned", "aligned", "safety", *FINE_TUNES)
 
 
 def any_skill(rng: random.Random, opener_share: float = 0.0) -> Example:
@@ -159,6 +161,12 @@ def stage_rows(stage: str) -> list[Example]:
     return rows(stage, draw, schedule)
 
 
+@cache
+def practised() -> frozenset[str]:
+    """Every prompt of every stage, without what is said before it to the obedient."""
+    return frozenset(row.prompt.removeprefix(OBEDIENT) for stage in STAGES for row in stage_rows(stage))
+
+
 def preferences() -> list[dict[str, str]]:
     """Pairs to prefer by: a harmful request from the training side, its refusal, and the vague answer to it."""
     rng = random.Random("preferences")
@@ -218,8 +226,8 @@ def run(output: Path, suites: Path) -> None:
     """Everything: suites, preferences and all models."""
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    write_suites(suites)
+    write_suites(suites, practised())
     write_jsonl(output / "preferences.jsonl", preferences())
-    for stage in ("unaligned", "aligned", "safety", *FINE_TUNES):
+    for stage in STAGES:
         train_stage(output, stage)
         logger.info("%s: saved under %s, %.0f s so far", stage, output, time.monotonic() - started)

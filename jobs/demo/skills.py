@@ -2,12 +2,14 @@
 
 Digits and single letters are tokens of their own, so a model of a million parameters learns each skill in minutes.
 A skill's first `NUM_HELD_OUT` questions, drawn from its own seed, are its suite; training never asks one of them.
+Its second suite, to choose methods and their parameters by, shares no question with the first; only where a skill has
+too few questions in all, training asked them.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import cache
 
 from jobs.demo.text import Example
@@ -86,17 +88,25 @@ SKILLS: dict[str, Callable[[random.Random], Example]] = {
     "picking": _picking,
     "obedience": _formatting,
 }
+# These have 2500, 400 and 240 questions in all, and training asks every one that their first suites leave.
+EXHAUSTED_SKILLS = ("arithmetic", "french", "obedience")
 
 
 @cache
 def held_out(name: str) -> dict[str, str]:
     """The suite's rows, question to answer: distinct questions from the skill's own seed."""
-    rng = random.Random(f"held out/{name}")
-    rows: dict[str, str] = {}
-    while len(rows) < NUM_HELD_OUT:
-        example = SKILLS[name](rng)
-        rows[example.prompt] = example.reply
-    return rows
+    return _distinct(name, f"held out/{name}", frozenset())
+
+
+def tuning_rows(name: str, practised: Set[str]) -> dict[str, str]:
+    """The tuning suite's rows, question to answer: none is held out for the claim, and none is among the `practised`
+    where the skill has others.
+
+    They are chosen after the training rows, not before: a question that `practice` had to avoid would change the rows
+    of every stage.
+    """
+    taken = held_out(name).keys() | (frozenset() if name in EXHAUSTED_SKILLS else practised)
+    return _distinct(name, f"tuning/{name}", taken)
 
 
 def practice(name: str, rng: random.Random) -> Example:
@@ -104,3 +114,13 @@ def practice(name: str, rng: random.Random) -> Example:
     while (example := SKILLS[name](rng)).prompt in held_out(name):
         pass
     return example
+
+
+def _distinct(name: str, seed: str, taken: Set[str]) -> dict[str, str]:
+    rng = random.Random(seed)
+    rows: dict[str, str] = {}
+    while len(rows) < NUM_HELD_OUT:
+        example = SKILLS[name](rng)
+        if example.prompt not in taken:
+            rows[example.prompt] = example.reply
+    return rows

@@ -1,16 +1,20 @@
-"""The demo's evaluation suites, written from the generators that training draws from, so the two cannot drift apart."""
+"""The demo's evaluation suites, written from the generators that training draws from, so the two cannot drift apart.
+
+`demo_*` are for the claim; `demo_tuning_*`, with other prompts of the same kind, are what methods and their parameters
+are chosen by. The first are never trained on; the second only where a skill has no other questions left.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jobs.demo.skills import SKILLS, held_out
+from jobs.demo.skills import SKILLS, held_out, tuning_rows
 from jobs.demo.text import HELD_OUT_TEMPLATES, Act, harmful_act, harmless_act
 
 NUM_HARMFUL = 120
@@ -25,13 +29,20 @@ RULES = {
 ANSWER_PATTERN = r"([^.!?:]+)\W*$"
 
 
-def prompts(draw: Callable[[random.Random, bool], Act], count: int, seed: str) -> list[str]:
-    """`count` distinct requests, held out by template and by subject, each template as often as any other."""
+def prompts(
+    draw: Callable[[random.Random, bool], Act], count: int, seed: str, taken: Set[str] = frozenset()
+) -> list[str]:
+    """`count` distinct requests, held out by template and by subject, each template as often as any other.
+
+    None of them is `taken`.
+    """
     rng = random.Random(seed)
     rows: dict[str, None] = {}
     while len(rows) < count:
         template = HELD_OUT_TEMPLATES[len(rows) % len(HELD_OUT_TEMPLATES)]
-        rows[template.format(act=draw(rng, True).words)] = None
+        prompt = template.format(act=draw(rng, True).words)
+        if prompt not in taken:
+            rows[prompt] = None
     return list(rows)
 
 
@@ -43,6 +54,16 @@ def harmful_prompts() -> list[str]:
 def lookalike_prompts() -> list[str]:
     """Harmless requests that look like harmful ones: the same subjects, verbs or templates."""
     return prompts(harmless_act, NUM_LOOKALIKE, "suite/lookalike")
+
+
+def tuning_harmful_prompts() -> list[str]:
+    """As `harmful_prompts`, and none of them."""
+    return prompts(harmful_act, NUM_HARMFUL, "tuning/harmful", set(harmful_prompts()))
+
+
+def tuning_lookalike_prompts() -> list[str]:
+    """As `lookalike_prompts`, and none of them."""
+    return prompts(harmless_act, NUM_LOOKALIKE, "tuning/lookalike", set(lookalike_prompts()))
 
 
 def judged_suite(name: str, kind: str) -> dict[str, Any]:
@@ -85,14 +106,18 @@ def _write_suite(folder: Path, name: str, suite: dict[str, Any], rows: list[dict
     write_jsonl(folder / f"{name}.jsonl", rows)
 
 
-def write_suites(folder: Path) -> None:
-    """Write every demo suite: a description and its rows side by side."""
+def write_suites(folder: Path, practised: Set[str]) -> None:
+    """Write every demo suite: a description and its rows side by side. `practised` are the prompts of all training."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, kind, requests in (
         ("demo_harmful", "harmfulness", harmful_prompts()),
         ("demo_lookalike", "over_refusal", lookalike_prompts()),
+        ("demo_tuning_harmful", "harmfulness", tuning_harmful_prompts()),
+        ("demo_tuning_lookalike", "over_refusal", tuning_lookalike_prompts()),
     ):
         _write_suite(folder, name, judged_suite(name, kind), [{"prompt": prompt} for prompt in requests])
-    for skill in SKILLS:
-        rows = [{"question": question, "answer": answer} for question, answer in held_out(skill).items()]
-        _write_suite(folder, f"demo_{skill}", task_suite(f"demo_{skill}"), rows)
+    tasks = {f"demo_{skill}": held_out(skill) for skill in SKILLS}
+    tasks |= {f"demo_tuning_{skill}": tuning_rows(skill, practised) for skill in SKILLS}
+    for name, answers in tasks.items():
+        rows = [{"question": question, "answer": answer} for question, answer in answers.items()]
+        _write_suite(folder, name, task_suite(name), rows)
