@@ -63,7 +63,7 @@ def attribution_page(title: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]
         for i, (_, heading, help_text) in enumerate(heads)
     )
     options = "".join(f"<option>{html.escape(name)}</option>" for name in rows)
-    payload = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    payload = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}: modules</title><style>{_STYLE}</style></head>
 <body><h1>{html.escape(title)}: modules</h1>

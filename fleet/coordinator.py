@@ -454,7 +454,7 @@ class Coordinator:
                 self._fail(step, CheckpointError(f"{where}: {', '.join(bad[:8])}; train or copy it again"))
                 continue
             rows: list[Json] = [row.model_dump(mode="json") for row in survey.statistics(step.name)]
-            files = merged_files(r.projections[step.name] for r in survey.results.values() if r.projections)
+            files = merged_files(r.projections[step.name] for r in survey.results.values() if step.projection)
             self._complete(step, self._record(step, survey.attempt, files, {"modules": rows}, survey.seconds))
         survey.end()
 

@@ -189,11 +189,16 @@ def _goodness(log: EvalLog) -> float:
 def write_report(plan: Plan, report: RunReport, records: Mapping[str, Record]) -> str:
     """Put the report beside the artifacts; returns where the page is."""
     prefix = f"runs/{report.run_id}"
-    tables = {c.name: rows for c in plan.candidates if (rows := realigned_modules(c, records))}
-    plan.store.replace(f"{prefix}/{MODULES_HTML}", attribution_page(f"{report.name} {report.run_id}", tables).encode())
+    plan.store.replace(f"{prefix}/{MODULES_HTML}", modules_html(plan, records).encode())
     plan.store.replace(f"{prefix}/{REPORT_JSON}", report_json(report))
     plan.store.replace(f"{prefix}/{REPORT_HTML}", report_html(report).encode())
     return f"{plan.store.uri}/{prefix}/{REPORT_HTML}"
+
+
+def modules_html(plan: Plan, records: Mapping[str, Record]) -> str:
+    """The page of every module of every realigned model."""
+    tables = {c.name: rows for c in plan.candidates if (rows := realigned_modules(c, records))}
+    return attribution_page(f"{plan.manifest.name} {plan.run_id}", tables)
 
 
 def report_json(report: RunReport) -> bytes:

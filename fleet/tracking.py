@@ -23,7 +23,16 @@ from fleet.errors import InputError, TrackingError
 from fleet.identity import Json
 from fleet.plan import Plan
 from fleet.record import Record, Step, to_bytes
-from fleet.report import REPORT_HTML, REPORT_JSON, Row, RunReport, report_html, report_json
+from fleet.report import (
+    MODULES_HTML,
+    REPORT_HTML,
+    REPORT_JSON,
+    Row,
+    RunReport,
+    modules_html,
+    report_html,
+    report_json,
+)
 from fleet.steps import Candidate, RealignStep, Source
 
 _KEY_TAG = "fleet.key"
@@ -111,6 +120,7 @@ class Tracker:
         self._log_metrics(self.run_id, {name: float(value) for name, value in metrics.items()})
         self._text(self.run_id, REPORT_JSON, report_json(report).decode())
         self._text(self.run_id, REPORT_HTML, report_html(report))
+        self._text(self.run_id, MODULES_HTML, modules_html(self._plan, records))
         if self._plan.manifest.tracking.register_as is not None:
             self._register(self._plan.manifest.tracking.register_as, report)
         self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
@@ -129,6 +139,8 @@ class Tracker:
         metrics: dict[str, float] = {}
         for score in row.scores:
             metrics |= score.rate.metrics(f"{score.kind}.{score.suite}")
+        if row.edit_norm is not None:
+            metrics["edit_norm"] = row.edit_norm
         tasks = [s.rate.value for s in row.scores if s.kind == "task" and s.rate.value is not None]
         harm = [s.rate.value for s in row.scores if s.kind == "harmfulness" and s.rate.value is not None]
         if tasks:

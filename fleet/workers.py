@@ -124,9 +124,10 @@ class TensorWorker:
         """Write one shard of a realigned model, or a whole realigned adapter, with a row per edited module."""
         work = _Realigning(unit)
         if unit.as_adapter:
-            record = write_adapter(
-                unit.output, unit.shard, work.aligned, work.ranks(), work.factors, [_adapter(unit.model)]
-            )
+            ranks, sources = work.ranks(), [_adapter(unit.model)]
+            record = write_adapter(unit.output, unit.shard, work.aligned, ranks, work.factors, sources)
+            for tensor in (t for t, rank in ranks.items() if not rank and t.removesuffix(".weight") in unit.edited):
+                work.factors(tensor)  # removed: not in the file, but the record says by how much that was an edit
         else:
             like = work.model if isinstance(work.model, FullModel) else work.aligned
             record = write_shard(unit.output, unit.shard, like, work.weight)

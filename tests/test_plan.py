@@ -131,7 +131,8 @@ def test_plan_control_comes_after_the_method_it_matches(catalogue: Path, tmp_pat
 def test_plan_adapter_that_no_engine_serves_is_folded_into_its_base(catalogue: Path, tmp_path: Path) -> None:
     dora = make_adapter(tmp_path / "dora", catalogue / "aligned", 5, use_dora=True)
     models = [{"name": n, "source": str(s), "suites": ["task"]} for n, s in (("d", dora), ("l", catalogue / "lora"))]
-    plan = plan_of(catalogue, tmp_path, models=models)
+    variants = [v | {"models": ["d", "l"]} for v in manifest_document(catalogue, tmp_path)["variants"]]
+    plan = plan_of(catalogue, tmp_path, models=models, variants=variants)
     served = {c.name: c.weights for c in plan.candidates}
     assert not served["d"].is_adapter and isinstance(served["d"], Step)
     assert not served["d.safemerge"].is_adapter

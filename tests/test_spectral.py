@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from fleet.algebra import spectral
+from fleet.algebra.delta import Dense, LowRank, zero
+from fleet.algebra.row_blocks import RowBlocks
+from fleet.algebra.spectral import EXACT_SIDE, Triplets, leading_triplets, low_rank_triplets, truncated
+
+SIZES = st.integers(1, 20)
+RANKS = st.integers(1, 8)
+SEEDS = st.integers(0, 2**31)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def low_rank(seed: int, d_out: int, d_in: int, rank: int, scale: float = 1.0) -> LowRank:
+    g = seeded(seed)
+    b = torch.randn(d_out, rank, generator=g, dtype=torch.float64) * scale
+    return LowRank(b, torch.randn(rank, d_in, generator=g, dtype=torch.float64))
+
+
+def decaying(seed: int, d_out: int, d_in: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A matrix with σ_i = 1/i and random singular vectors."""
+    g = seeded(seed)
+    side = min(d_out, d_in)
+    left, right = (torch.linalg.qr(torch.randn(n, side, generator=g, dtype=dtype)).Q for n in (d_out, d_in))
+    return left / torch.arange(1, side + 1, dtype=dtype) @ right.T
+
+
+def best_of_rank(w: torch.Tensor, k: int) -> torch.Tensor:
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    return u[:, :k] * s[:k] @ vh[:k]
+
+
+def assert_orthonormal(columns: torch.Tensor, atol: float = 1e-10) -> None:
+    eye = torch.eye(columns.shape[1], dtype=columns.dtype)
+    torch.testing.assert_close(columns.T @ columns, eye, rtol=0.0, atol=atol)
+
+
+# -- recompression ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=80)
+@given(SIZES, SIZES, RANKS, st.integers(0, 8), st.floats(1e-3, 1e3), SEEDS)
+def test_truncated_lora_loses_its_tail_and_is_the_nearest(
+    d_out: int, d_in: int, rank: int, k: int, scale: float, seed: int
+) -> None:
+    delta = low_rank(seed, d_out, d_in, rank, scale)
+    w = delta.dense()
+    kept, lost = truncated(delta, k, seeded(0))
+    size = float(w.norm())
+    if rank <= k:
+        assert kept is delta
+        assert lost == 0.0
+        return
+    assert isinstance(kept, LowRank) and kept.rank == min(k, d_out, d_in) and kept.b.dtype == delta.b.dtype
+    tail = float(torch.linalg.svdvals(w)[k:].norm())
+    assert lost == pytest.approx(tail, rel=1e-9, abs=1e-12 * size)
+    assert lost == pytest.approx(float((w - kept.dense()).norm()), rel=1e-9, abs=1e-12 * size)
+    # No matrix of this rank is closer, and with the singular values apart only one is as close.
+    assert lost == pytest.approx(float((w - best_of_rank(w, k)).norm()), rel=1e-9, abs=1e-12 * size)
+
+
+def test_truncated_by_hand_keeps_the_largest_directions() -> None:
+    delta = LowRank(torch.diag(torch.tensor([4.0, 3.0, 12.0])), torch.eye(3, 5))
+    kept, lost = truncated(delta, 1, seeded(0))
+    assert lost == pytest.approx(5.0)
+    expected = torch.zeros(3, 5)
+    expected[2, 2] = 12.0
+    torch.testing.assert_close(kept.dense(), expected)
+    torch.testing.assert_close(kept.b.norm(), kept.a.norm())
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIZES, SIZES, RANKS, st.integers(1, 8), SEEDS)
+def test_truncated_twice_changes_nothing(d_out: int, d_in: int, rank: int, k: int, seed: int) -> None:
+    for delta in (low_rank(seed, d_out, d_in, rank), Dense(low_rank(seed, d_out, d_in, rank).dense())):
+        once, _ = truncated(delta, k, seeded(0))
+        again, lost = truncated(once, k, seeded(0))
+        assert again is once
+        assert lost == 0.0
+        wider, lost = truncated(once.plus(zero((d_out, d_in), 3).scaled(0.0)), k, seeded(0))
+        torch.testing.assert_close(wider.dense(), once.dense())
+        assert lost == pytest.approx(0.0, abs=1e-12 * max(delta.norm(), 1.0))
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIZES, SIZES, st.integers(0, 8), SEEDS)
+def test_truncated_dense_equals_the_svd_of_the_product(d_out: int, d_in: int, k: int, seed: int) -> None:
+    w = decaying(seed, d_out, d_in)
+    kept, lost = truncated(Dense(w), k, seeded(0))
+    assert kept.rank == min(k, d_out, d_in)
+    torch.testing.assert_close(kept.dense(), best_of_rank(w, k), rtol=1e-9, atol=1e-12)
+    assert lost == pytest.approx(float(torch.linalg.svdvals(w)[k:].norm()), rel=1e-9, abs=1e-12)
+
+
+def test_truncated_dense_above_the_exact_side_reports_the_measured_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectral, "EXACT_SIDE", 32)
+    w = decaying(0, 96, 64)
+    kept, lost = truncated(Dense(w), 4, seeded(0))
+    assert lost == pytest.approx(float((w - kept.dense()).norm()), rel=1e-12)
+    tail = float(torch.linalg.svdvals(w)[4:].norm())
+    assert tail <= lost < 1.001 * tail
+
+
+# -- triplets --------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, SIZES, RANKS, SEEDS)
+def test_low_rank_triplets_equal_the_svd_of_the_product(d_out: int, d_in: int, rank: int, seed: int) -> None:
+    delta = low_rank(seed, d_out, d_in, rank)
+    w, found = delta.dense(), low_rank_triplets(delta)
+    values = torch.linalg.svdvals(w)
+    count = min(d_out, d_in, rank)
+    assert found.values.shape == (count,)
+    torch.testing.assert_close(found.values, values[:count], rtol=1e-9, atol=1e-12 * float(values[0]))
+    torch.testing.assert_close(found.left * found.values @ found.right.T, w)
+    assert_orthonormal(found.left)
+    assert_orthonormal(found.right)
+
+
+def test_triplets_head_and_low_rank_share_the_spectrum_evenly() -> None:
+    found = Triplets(torch.eye(3), torch.tensor([9.0, 4.0, 1.0]), torch.eye(4, 3)).head(2)
+    lora = found.low_rank()
+    torch.testing.assert_close(lora.dense(), torch.diag(torch.tensor([9.0, 4.0, 0.0, 0.0]))[:3])
+    torch.testing.assert_close(lora.b.norm(dim=0), torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(lora.a.norm(dim=1), torch.tensor([3.0, 2.0]))
+
+
+@pytest.mark.parametrize("shape", [(EXACT_SIDE + 26, EXACT_SIDE + 76), (EXACT_SIDE + 76, EXACT_SIDE + 26)], ids=str)
+def test_leading_triplets_above_the_exact_side_equal_the_full_svd(shape: tuple[int, int]) -> None:
+    """σ and vectors are known by construction: no full SVD of a large matrix is taken."""
+    g = seeded(1)
+    left, right = (torch.linalg.qr(torch.randn(n, 64, generator=g)).Q for n in shape)
+    values = 1.0 / torch.arange(1, 65)
+    v = RowBlocks.of(left * values @ right.T)
+    found = leading_triplets(v, 8, seeded(2))
+    torch.testing.assert_close(found.values, values[:8], rtol=1e-4, atol=0.0)
+    for mine, theirs in ((found.left, left), (found.right, right)):
+        assert mine.shape == (theirs.shape[0], 8)
+        assert_orthonormal(mine, atol=1e-5)
+        assert float((mine * theirs[:, :8]).sum(dim=0).abs().min()) > 0.9999
+    # The pairs belong together, signs and all.
+    torch.testing.assert_close(v.transposed_times(found.left), found.right * found.values, rtol=0.0, atol=1e-4)
+    again = leading_triplets(v, 8, seeded(2))
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 140), (140, 200)], ids=str)
+def test_leading_triplets_by_iteration_equal_the_svd_of_a_slow_spectrum(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    v = decaying(3, *shape)
+    left, values, right = torch.linalg.svd(v, full_matrices=False)
+    monkeypatch.setattr(spectral, "EXACT_SIDE", 64)
+    found = leading_triplets(RowBlocks.of(v), 6, seeded(0))
+    torch.testing.assert_close(found.values, values[:6], rtol=1e-6, atol=0.0)
+    assert float((found.left * left[:, :6]).sum(dim=0).abs().min()) > 1 - 1e-6
+    assert float((found.right * right.T[:, :6]).sum(dim=0).abs().min()) > 1 - 1e-6
+
+
+def test_leading_triplets_of_streamed_blocks_equal_those_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    v = decaying(5, 90, 70)
+
+    def blocks() -> Iterator[torch.Tensor]:
+        yield from (part.clone() for part in v.split([1, 40, 49]))
+
+    streamed = RowBlocks((90, 70), v.dtype, blocks)
+    for side in (1024, 16):
+        monkeypatch.setattr(spectral, "EXACT_SIDE", side)
+        one, many = (leading_triplets(x, 5, seeded(7)) for x in (RowBlocks.of(v), streamed))
+        for x, y in zip(one, many, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 20), st.booleans(), SEEDS)
+def test_leading_triplets_are_as_many_as_there_are(d_out: int, d_in: int, k: int, iterate: bool, seed: int) -> None:
+    v = decaying(seed, d_out, d_in)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectral, "EXACT_SIDE", 0 if iterate else EXACT_SIDE)
+        found = leading_triplets(RowBlocks.of(v), k, seeded(0))
+    count = min(k, d_out, d_in)
+    assert (found.left.shape, found.values.shape, found.right.shape) == ((d_out, count), (count,), (d_in, count))
+    torch.testing.assert_close(found.left * found.values @ found.right.T, best_of_rank(v, count))
