@@ -65,6 +65,12 @@ class Base(_Part):
     harmful: Uri | None = None
     """A LoRA that made the aligned model harmful, for RESTA: its safety vector is the way back."""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source given, the aligned model's first."""
+        given = (self.aligned, self.unaligned, self.safety, self.harmful)
+        return tuple(uri for uri in given if uri is not None)
+
 
 class ModelSpec(_Part):
     """One fine-tuned model of the catalogue."""
@@ -210,11 +216,10 @@ class Manifest(_Part):
                 raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
             if weights and sum(variant.fuse.weight(m) for m in members) <= 0.0:  # type: ignore[union-attr]
                 raise ValueError(f"{where}: fuse.weights must add up to more than 0")
-            needs = variant.realign.needs if variant.realign else ()
-            if "safety" in needs and self.base.safety is None:
-                raise ValueError(f"{where}: {variant.realign.method} needs a safety adapter; set base.safety")  # type: ignore[union-attr]
-            if "harmful" in needs and self.base.harmful is None:
-                raise ValueError(f"{where}: {variant.realign.method} needs a harmful adapter; set base.harmful")  # type: ignore[union-attr]
+            realign = variant.realign
+            for role in ("safety", "harmful"):
+                if realign is not None and role in realign.needs and getattr(self.base, role) is None:
+                    raise ValueError(f"{where}: {realign.method} needs a {role} adapter; set base.{role}")
         return self
 
     def members(self, variant: Variant) -> tuple[ModelSpec, ...]:

@@ -67,8 +67,7 @@ def make_plan(manifest: Manifest) -> Plan:
     store = open_store(manifest.artifacts)
     store.check()
     base = manifest.base
-    adapters = [uri for uri in (base.safety, base.harmful) if uri is not None]
-    uris = [base.aligned, base.unaligned, *adapters, *(m.source for m in manifest.models)]
+    uris = [*base.sources, *(m.source for m in manifest.models)]
     with ThreadPoolExecutor(_READERS) as pool:
         sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
     safety, harmful = (sources[uri] if uri is not None else None for uri in (base.safety, base.harmful))

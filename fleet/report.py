@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ from fleet.steps import Candidate, RealignStep, Role, Source
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 MODULES_HTML = "modules.html"
+
+_KINDS = ("harmfulness", "over_refusal", "task")
 
 
 class _Part(BaseModel):
@@ -66,12 +68,27 @@ class Row(_Part):
     """Of a realigned model: ‖ΔW_after − ΔW_before‖ over its modules."""
 
 
+class MethodSummary(_Part):
+    """What one way of realigning did to the models of the catalogue: means over models, each counting once."""
+
+    name: str
+    """`finetuned`, or a realign label."""
+    num_models: int
+    harmfulness: float | None
+    over_refusal: float | None
+    task_accuracy: float | None
+    """On each model's own tasks."""
+    edit_norm: float | None
+
+
 class RunReport(_Part):
     """One run. The same records give the same report, but for `computed` and `seconds`."""
 
     run_id: str
     name: str
     rows: tuple[Row, ...]
+    methods: tuple[MethodSummary, ...]
+    """What was done to the models one by one: as fine-tuned first, then each way of realigning."""
     computed: int
     cached: int
     failures: dict[str, str]
@@ -113,6 +130,7 @@ def make_report(plan: Plan, result: RunResult) -> RunReport:
         run_id=plan.run_id,
         name=plan.manifest.name,
         rows=rows,
+        methods=tuple(_summaries(rows)),
         computed=len(result.computed),
         cached=len(plan.done),
         failures={key: f"{type(f.error).__name__}: {f.error}" for key, f in result.failures.items() if f.cause is None},
@@ -156,6 +174,34 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
         edited=f"{sum(bool(m['edit']) for m in modules)} of {len(modules)}" if modules else None,
         edit_norm=norm if isinstance(norm, float) else None,
     )
+
+
+def _summaries(rows: Sequence[Row]) -> Iterator[MethodSummary]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.role == "finetuned":
+            groups.setdefault("finetuned", []).append(row)
+        elif row.role == "realigned":
+            groups.setdefault(row.name.split(".", 1)[1], []).append(row)  # model.label; no model's name has a dot
+    for name, members in groups.items():
+        means = {kind: _mean([_mean_rate(row, kind) for row in members]) for kind in _KINDS}
+        yield MethodSummary(
+            name=name,
+            num_models=len(members),
+            harmfulness=means["harmfulness"],
+            over_refusal=means["over_refusal"],
+            task_accuracy=means["task"],
+            edit_norm=_mean([row.edit_norm for row in members]),
+        )
+
+
+def _mean_rate(row: Row, kind: str) -> float | None:
+    return _mean([score.rate.value for score in row.scores if score.kind == kind])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def realigned_modules(candidate: Candidate, records: Mapping[str, Record]) -> list[dict[str, Any]]:
@@ -210,9 +256,8 @@ def report_json(report: RunReport) -> bytes:
 
 def columns(report: RunReport) -> list[tuple[str, str]]:
     """(kind, suite) of every column, harm first."""
-    order = ("harmfulness", "over_refusal", "task")
     found = dict.fromkeys((s.kind, s.suite) for row in report.rows for s in row.scores)
-    return sorted(found, key=lambda c: order.index(c[0]))
+    return sorted(found, key=lambda c: _KINDS.index(c[0]))
 
 
 def short_names(report: RunReport) -> dict[str, str]:
@@ -238,12 +283,33 @@ def cell(rate: Rate, with_interval: bool) -> str:
 
 def print_report(report: RunReport, console: Console) -> None:
     """The table a run ends with: a column per suite where there is room, else all tasks in one column."""
-    wide = _table(report, columns(report), [])
-    if wide.__rich_measure__(console, console.options.update(max_width=10_000)).maximum <= console.width:
-        console.print(wide)
-        return
-    tasks = [suite for kind, suite in columns(report) if kind == "task"]
-    console.print(_table(report, [c for c in columns(report) if c[0] != "task"], tasks))
+    table = _table(report, columns(report), [])
+    if table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum > console.width:
+        tasks = [suite for kind, suite in columns(report) if kind == "task"]
+        table = _table(report, [c for c in columns(report) if c[0] != "task"], tasks)
+    console.print(table)
+    if len(report.methods) > 1:
+        console.print(_methods_table(report))
+
+
+def _methods_table(report: RunReport) -> Table:
+    """What each way of realigning did to the models one by one."""
+    table = Table(title="realign methods: means over the models")
+    table.add_column("method", no_wrap=True)
+    for heading in _METHOD_COLUMNS:
+        table.add_column(heading, justify="right")
+    for summary in report.methods:
+        table.add_row(summary.name, *_summary_cells(summary))
+    return table
+
+
+_METHOD_COLUMNS = ("models", "harmful", "over-refusal", "own tasks", "‖edit‖")
+
+
+def _summary_cells(summary: MethodSummary) -> tuple[str, ...]:
+    rates = (summary.harmfulness, summary.over_refusal, summary.task_accuracy)
+    shown = tuple("" if rate is None else f"{100 * rate:.1f} %" for rate in rates)
+    return (str(summary.num_models), *shown, "" if summary.edit_norm is None else f"{summary.edit_norm:.3g}")
 
 
 def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str]) -> Table:
@@ -318,6 +384,7 @@ def report_html(report: RunReport) -> str:
 {f"<h2>Failures</h2><ul>{failures}</ul>" if failures else ""}
 {chart}
 <h2>Candidates</h2><main>{_html_table(report)}</main>
+{_html_methods(report)}
 <p><a href="{MODULES_HTML}">The modules of every realigned model</a>: why each was edited, by how much, what is left</p>
 <h2>Gates and evidence</h2>{"".join(_evidence(row) for row in report.rows)}
 </body></html>
@@ -343,6 +410,18 @@ def _html_table(report: RunReport) -> str:
         )
     return (
         f"<table><tr><th>candidate</th>{head}<th>edited</th><th>‖edit‖</th><th>gate</th></tr>{''.join(lines)}</table>"
+    )
+
+
+def _html_methods(report: RunReport) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in _METHOD_COLUMNS)
+    lines = "".join(
+        f"<tr><td>{html.escape(s.name)}</td>{''.join(f'<td>{cell}</td>' for cell in _summary_cells(s))}</tr>"
+        for s in report.methods
+    )
+    return (
+        f"<h2>Realign methods</h2><p>Means over the models, each realigned on its own and judged on its own tasks.</p>"
+        f"<main><table><tr><th>method</th>{head}</tr>{lines}</table></main>"
     )
 
 

@@ -267,6 +267,8 @@ class StepBuilder:
                 f"variants: {method.method} with these parameters averages LoRA factors, but {survey.name} has none; "
                 "leave it out of the variant's models"
             )
+        if method.adapters_only:
+            self._require_equal_ranks(survey.name, source)
         matched = self._realign(survey, method.of) if isinstance(method, Control) else None
         offered = {"safety": self.bases.safety, "harmful": self.bases.harmful}
         merged = {name: source for name, source in offered.items() if name in method.needs}
@@ -290,6 +292,16 @@ class StepBuilder:
         )  # fmt: skip
         self.steps.setdefault(step.key, step)
         return step
+
+    def _require_equal_ranks(self, name: str, source: Source) -> None:
+        """Averaging factors needs as many of them on both sides."""
+        safety = self.bases.safety.model if self.bases.safety else None
+        ranks = {m: (lora_rank(source.model, m), lora_rank(safety, m)) for m in _modules(source.tensors)}
+        if unequal := [f"{m} ({own} and {theirs})" for m, (own, theirs) in ranks.items() if theirs not in (0, own)]:
+            raise ManifestError(
+                f"variants: averaging LoRA factors needs equal ranks, but those of {name} and of base.safety differ: "
+                f'{", ".join(unequal[:4])}; use "merge": "exact"'
+            )
 
     def _touched(self, source: Source, method: AnyRealignMethod) -> tuple[str, ...]:
         """The base tensors a realigned model may have a task vector in."""
@@ -392,6 +404,10 @@ class StepBuilder:
         """Bytes of an adapter of this rank in every one of these modules."""
         shapes = [self.bases.aligned_model.tensors[tensor].shape for tensor in tensors]
         return sum(rank * sum(shape) * LORA_VALUE_BYTES for shape in shapes)
+
+
+def _modules(tensors: Iterable[str]) -> list[str]:
+    return [tensor.removesuffix(".weight") for tensor in tensors]
 
 
 def _literals(spec: BaseModel) -> dict[str, Json]:

@@ -1,20 +1,23 @@
 """The survey: V = W_aligned − W_unaligned is read once, tensor by tensor, and serves every model of the catalogue.
 
     both base models ─▶ blocks of rows, read ahead ─▶ V of one tensor, float32 ─┬▶ V's own part: norm, probes, basis
-                                                                               └▶ every model's statistics
+    LoRA factors ─▶ one tensor ahead ──────────────────────────────────────────┴▶ every model's statistics
 
-V's own part is a step of its own (`displacement`): done once for a pair of base models, read back every later night. A
-tensor's V is in memory only while it is measured, and not even then if it is larger than `RESIDENT_BYTES`.
+Threads read ahead over tensors, and the first product with V runs block by block, as the blocks come. V's own part is a
+step of its own (`displacement`): done once for a pair of base models, read back every later night. A tensor's V is in
+memory only while it is measured, and not even then if it is larger than `RESIDENT_BYTES`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -33,7 +36,7 @@ from fleet.checkpoint.models import (
     module_views,
     touched_tensors,
 )
-from fleet.checkpoint.task_vectors import read_delta, read_weight
+from fleet.checkpoint.task_vectors import read_delta, read_factors, read_weight
 from fleet.checkpoint.tensors import read_rows, read_tensor
 from fleet.errors import CheckpointError
 from fleet.methods import ModuleStatistics
@@ -41,11 +44,17 @@ from fleet.outputs import Output, write_file
 from fleet.record import UnitRecord
 from fleet.store import Folder, open_folder
 
-BLOCK_BYTES = 4 << 20
-"""Rows are read this many bytes at a time: small enough to stay in cache until they are subtracted."""
+BLOCK_BYTES = 16 << 20
+"""Rows are read this many bytes at a time: enough rows for a product with them to run at full speed."""
 
 READ_AHEAD = 4
 """Blocks of each base model that are read while earlier ones are used."""
+
+READERS = 2
+"""Threads that read them; one does not keep a fast disk busy."""
+
+CACHED_NUMBERS = 1 << 17
+"""Numbers that are converted, subtracted and squared at a time: they stay in cache from one to the next."""
 
 RESIDENT_BYTES = 1 << 30
 """A larger V, float32, is read again from storage for each product instead of being kept."""
@@ -83,17 +92,42 @@ class SurveyResult(NamedTuple):
     projections: dict[str, UnitRecord]
 
 
-class Scratch:
-    """Memory that one worker keeps between tensors: fresh pages cost as much as the subtraction."""
+class Memory:
+    """Memory that is kept from one use to the next: fresh pages cost as much as a subtraction."""
 
     def __init__(self) -> None:
-        self._values = torch.empty(0)
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """uint8, uninitialised; the last one's memory."""
+        if self._bytes.numel() < num_bytes:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes[:num_bytes]
+
+
+Rows: TypeAlias = tuple[int, int]
+Pair: TypeAlias = tuple[Rows, torch.Tensor, torch.Tensor]
+"""A range of rows, and their values in the aligned and the unaligned model."""
+
+Slot: TypeAlias = tuple[Memory, Memory]
+"""Where a block of the aligned model is read to, and one of the unaligned."""
+
+
+def ring() -> list[Slot]:
+    """Slots for the blocks that are read ahead, and for the one in use."""
+    return [(Memory(), Memory()) for _ in range(READ_AHEAD + 1)]
+
+
+class Scratch:
+    """What one worker keeps between tensors."""
+
+    def __init__(self) -> None:
+        self.ring = ring()
+        self._values = Memory()
 
     def matrix(self, rows: int, columns: int) -> torch.Tensor:
         """(rows, columns), float32, uninitialised; the last one's memory."""
-        if self._values.numel() < rows * columns:
-            self._values = torch.empty(rows * columns)
-        return self._values[: rows * columns].view(rows, columns)
+        return self._values.take(rows * columns * 4).view(torch.float32).view(rows, columns)
 
 
 def survey(
@@ -108,13 +142,16 @@ def survey(
     touched = {name: set(touched_tensors(model)) for name, model in models.items()}
     own = _OwnPart(unit)
     projected: dict[str, dict[str, torch.Tensor]] = {name: {} for name in unit.projections}
-    for tensor, v, norm in _displacements(aligned, unaligned, unit.tensors, scratch):
-        here = {name: model for name, model in models.items() if tensor in touched[name]}
+    loras = {name: model for name, model in models.items() if isinstance(model, Adapter) and model.is_lora}
+    factors = _one_ahead(lambda tensor: _finite_factors(tensor, loras, result.non_finite), unit.tensors)
+    displaced = _displacements(aligned, unaligned, unit.tensors, scratch)
+    for tensor, v, low_rank in zip(unit.tensors, displaced, factors, strict=True):
+        others = {n: model for n, model in models.items() if n not in loras and tensor in touched[n]}
         views = module_views(aligned, tensor)
-        deltas = _finite_deltas(aligned, tensor, here, bool(views), result.non_finite)
+        deltas = low_rank | _finite_deltas(aligned, tensor, others, bool(views), result.non_finite)
         for view in views:
             v_view = _view(v, view, aligned.tensors[tensor], is_transposed(aligned, tensor))
-            displacement = own.of(view.module, v_view, norm if view.index is None else None)
+            displacement = own.of(view.module, v_view, v.norm if view.index is None else None)
             in_view = {n: d if view.index is None else Dense(d.dense()[view.index]) for n, d in deltas.items()}
             for name, (statistics, projected_b) in delta_statistics(v_view, displacement, in_view).items():
                 delta = in_view[name]
@@ -150,6 +187,12 @@ class StoredDisplacement:
         return read_tensor(self._folder, self._tensors[name])
 
 
+@lru_cache(maxsize=4)
+def _stored_displacement(uri: str) -> StoredDisplacement:
+    """Its headers, of as many files as there are units, are kept between the units of one worker."""
+    return StoredDisplacement(open_folder(uri))
+
+
 class _OwnPart:
     """V's own part of one unit: read back, or measured and written."""
 
@@ -157,14 +200,21 @@ class _OwnPart:
         self._unit = unit
         self._stored = None
         if isinstance(unit.displacement, str):
-            self._stored = StoredDisplacement(open_folder(unit.displacement))
+            self._stored = _stored_displacement(unit.displacement)
         self._measured: dict[str, Displacement] = {}
 
-    def of(self, module: str, v: RowBlocks, norm: float | None) -> Displacement:
+    def of(self, module: str, v: RowBlocks, whole_norm: Callable[[], float] | None) -> Displacement:
+        """One module's part.
+
+        Args:
+            whole_norm: gives ‖V‖ if the module is the whole of its tensor.
+        """
         if self._stored is not None:
             return self._stored.of(module)
         generator = named_generator(0, module)
-        if norm is None:
+        if whole_norm is not None:
+            norm = whole_norm()
+        else:
             norm = float(torch.linalg.vector_norm(v.dense(), dtype=torch.float64))
         probes = probe_triples(v, generator) if self._unit.rho else None
         basis = leading_triplets(v, self._unit.directions, generator) if self._unit.directions else None
@@ -185,10 +235,10 @@ class _OwnPart:
         return write_file(self._unit.displacement, self._unit.file, tensors)
 
 
-def _view(v: RowBlocks, view: ModuleView, info: TensorInfo, transposed: bool) -> RowBlocks:
+def _view(v: _Displaced, view: ModuleView, info: TensorInfo, transposed: bool) -> RowBlocks:
     """V of one module, (d_out, d_in), from V of its tensor as the file holds it: stacked experts are stacked rows."""
     if view.index is None and not transposed:
-        return v
+        return v.matrix
     stored = v.dense()
     if view.index is not None:
         rows = info.shape[-2]
@@ -199,19 +249,43 @@ def _view(v: RowBlocks, view: ModuleView, info: TensorInfo, transposed: bool) ->
 # -- task vectors ------------------------------------------------------------------------------------------------
 
 
+def _finite_factors(tensor: str, adapters: Mapping[str, Adapter], non_finite: dict[str, list[str]]) -> dict[str, Delta]:
+    """ΔW of one tensor of every plain LoRA that changes it."""
+    deltas: dict[str, Delta] = {}
+    for name, adapter in adapters.items():
+        factors = read_factors(adapter, tensor)
+        if factors is None:
+            continue
+        if all(math.isfinite(_squares(x)) for x in (factors.a, factors.b)):
+            deltas[name] = factors
+        else:
+            non_finite[name].append(tensor)
+    return deltas
+
+
+def _one_ahead(read: Callable[[str], dict[str, Delta]], tensors: tuple[str, ...]) -> Iterator[dict[str, Delta]]:
+    """`read` of each tensor; a thread does the next one's meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, tensors[0]) if tensors else None
+        for following in (*tensors[1:], None):
+            assert ahead is not None
+            found = ahead.result()
+            ahead = reader.submit(read, following) if following is not None else None
+            yield found
+
+
 def _finite_deltas(
     aligned: FullModel, tensor: str, models: Mapping[str, Model], is_module: bool, non_finite: dict[str, list[str]]
 ) -> dict[str, Delta]:
-    """Every model's ΔW of one tensor; what is no module is only checked, block by block, and has none here."""
+    """ΔW of one tensor of models that hold weights whole; what is no module is only checked, block by block."""
     deltas: dict[str, Delta] = {}
     weight: torch.Tensor | None = None
     for name, model in models.items():
         if not all(_is_finite(model.folder, info) for info in _stored_tensors(model, tensor)):
             non_finite[name].append(tensor)
         elif is_module:
-            if weight is None and not (isinstance(model, Adapter) and model.is_lora):
-                weight = read_weight(aligned, tensor)
-            delta = read_delta(model, tensor, torch.empty(0) if weight is None else weight)
+            weight = read_weight(aligned, tensor) if weight is None else weight
+            delta = read_delta(model, tensor, weight)
             assert delta is not None
             deltas[name] = delta
     return deltas
@@ -239,39 +313,88 @@ def _squares(block: torch.Tensor) -> float:
 # -- V, tensor by tensor -----------------------------------------------------------------------------------------
 
 
+class _Displaced:
+    """V of one tensor, as its file holds it. Its first use reads it, block by block, and checks it.
+
+    Args:
+        pairs: the blocks of both models, being read.
+        resident: where V is kept; None if it is read again for each use but the first.
+    """
+
+    def __init__(
+        self,
+        aligned: FullModel,
+        unaligned: FullModel,
+        tensor: str,
+        pairs: Iterator[Pair],
+        resident: torch.Tensor | None,
+    ) -> None:
+        self._models = aligned, unaligned
+        self._tensor = tensor
+        self._pairs = pairs
+        self._resident = resident
+        self._squares = 0.0
+        self._is_read = False
+        self.matrix = RowBlocks(_matrix_shape(aligned.tensors[tensor]), torch.float32, self._blocks)
+
+    def norm(self) -> float:
+        """‖V‖.
+
+        Raises:
+            CheckpointError: NaN or Inf.
+        """
+        if not self._is_read:
+            for _ in self._blocks():
+                pass
+        if not math.isfinite(self._squares):
+            raise _not_finite(*self._models, self._tensor)
+        return self._squares**0.5
+
+    def dense(self) -> torch.Tensor:
+        """The whole of V."""
+        self.norm()
+        return self.matrix.dense()
+
+    def _blocks(self) -> Iterator[torch.Tensor]:
+        if not self._is_read:
+            for (start, stop), a, u in self._pairs:
+                block = torch.empty(a.shape) if self._resident is None else self._resident[start:stop]
+                self._squares += _subtract(a, u, block)
+                yield block
+            self._is_read = True
+        elif self._resident is not None:
+            yield self._resident
+        else:
+            for _, pairs in _blocks_ahead(*self._models, (self._tensor,), ring()):
+                for _, a, u in pairs:
+                    block = torch.empty(a.shape)
+                    _subtract(a, u, block)
+                    yield block
+
+
 def _displacements(
     aligned: FullModel, unaligned: FullModel, tensors: tuple[str, ...], scratch: Scratch
-) -> Iterator[tuple[str, RowBlocks, float]]:
-    """V of each tensor as (rows, columns) of its file, and ‖V‖. Each is gone when the next one comes.
+) -> Iterator[_Displaced]:
+    """V of each tensor. Each is gone when the next one comes; what of it nobody used is read and checked then.
 
     Raises:
         CheckpointError: NaN or Inf.
     """
-    for tensor, blocks in _blocks_ahead(aligned, unaligned, tensors):
-        info = aligned.tensors[tensor]
-        rows, columns = _matrix_shape(info)
+    for tensor, pairs in _blocks_ahead(aligned, unaligned, tensors, scratch.ring):
+        rows, columns = _matrix_shape(aligned.tensors[tensor])
         keep = rows * columns * 4 <= RESIDENT_BYTES and bool(module_views(aligned, tensor))
-        resident = scratch.matrix(rows, columns) if keep else None
-        squares = 0.0
-        for (start, stop), (a, u) in blocks:
-            block = torch.empty(stop - start, columns) if resident is None else resident[start:stop]
-            block.copy_(a).sub_(u.float())
-            squares += _squares(block)
-        if not math.isfinite(squares):
-            raise _not_finite(aligned, unaligned, tensor)
-        if resident is not None:
-            yield tensor, RowBlocks.of(resident), squares**0.5
-        else:
-            yield tensor, _streamed(aligned, unaligned, tensor), squares**0.5
+        v = _Displaced(aligned, unaligned, tensor, pairs, scratch.matrix(rows, columns) if keep else None)
+        yield v
+        v.norm()
 
 
-def _streamed(aligned: FullModel, unaligned: FullModel, tensor: str) -> RowBlocks:
-    def blocks() -> Iterator[torch.Tensor]:
-        for _, pairs in _blocks_ahead(aligned, unaligned, (tensor,)):
-            for _, (a, u) in pairs:
-                yield a.float().sub_(u.float())
-
-    return RowBlocks(_matrix_shape(aligned.tensors[tensor]), torch.float32, blocks)
+def _subtract(a: torch.Tensor, u: torch.Tensor, out: torch.Tensor) -> float:
+    """out = a − u in float32, and Σ out²; NaN or Inf where a value is."""
+    squares = 0.0
+    parts = (x.view(-1).split(CACHED_NUMBERS) for x in (a, u, out))
+    for a_part, u_part, part in zip(*parts, strict=True):
+        squares += _squares(part.copy_(a_part).sub_(u_part))
+    return squares
 
 
 def _not_finite(aligned: FullModel, unaligned: FullModel, tensor: str) -> CheckpointError:
@@ -282,30 +405,38 @@ def _not_finite(aligned: FullModel, unaligned: FullModel, tensor: str) -> Checkp
     )
 
 
-_Rows = tuple[int, int]
-_Pair = tuple[torch.Tensor, torch.Tensor]
-
-
 def _blocks_ahead(
-    aligned: FullModel, unaligned: FullModel, tensors: tuple[str, ...]
-) -> Iterator[tuple[str, Iterator[tuple[_Rows, _Pair]]]]:
-    """Per tensor, its blocks of rows in both models; a thread reads the next ones, over tensors, meanwhile."""
+    aligned: FullModel, unaligned: FullModel, tensors: tuple[str, ...], slots: list[Slot]
+) -> Iterator[tuple[str, Iterator[Pair]]]:
+    """Per tensor, its blocks of rows in both models; threads read the next ones, over tensors, meanwhile.
+
+    A pair is gone when the next one comes: blocks go round the slots, of which there is one more than is read ahead.
+    """
     jobs = [(name, rows) for name in tensors for rows in _row_ranges(aligned.tensors[name])]
 
-    def read(name: str, rows: _Rows) -> _Pair:
-        a, u = (read_rows(model.folder, model.tensors[name], *rows) for model in (aligned, unaligned))
-        return a, u
+    with ThreadPoolExecutor(READERS) as readers:
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead: deque[Future[_Pair]] = deque(reader.submit(read, *job) for job in jobs[:READ_AHEAD])
-        following = iter(jobs[READ_AHEAD:])
+        def read(model: FullModel, name: str, rows: Rows, memory: Memory) -> Future[torch.Tensor]:
+            info = model.tensors[name]
+            taken = memory.take(info.num_bytes // max(_matrix_shape(info)[0], 1) * (rows[1] - rows[0]))
+            return readers.submit(read_rows, model.folder, info, *rows, taken)
 
-        def of_tensor(name: str) -> Iterator[tuple[_Rows, _Pair]]:
+        def start(index: int) -> None:
+            if index < len(jobs):
+                of_aligned, of_unaligned = slots[index % len(slots)]
+                name, rows = jobs[index]
+                ahead.append((read(aligned, name, rows, of_aligned), read(unaligned, name, rows, of_unaligned)))
+
+        ahead: deque[tuple[Future[torch.Tensor], Future[torch.Tensor]]] = deque()
+        for index in range(len(slots) - 1):
+            start(index)
+        following = itertools.count(len(slots) - 1)
+
+        def of_tensor(name: str) -> Iterator[Pair]:
             for rows in _row_ranges(aligned.tensors[name]):
-                pair = ahead.popleft().result()
-                if (job := next(following, None)) is not None:
-                    ahead.append(reader.submit(read, *job))
-                yield rows, pair
+                a, u = (future.result() for future in ahead.popleft())
+                start(next(following))
+                yield rows, a, u
 
         for name in tensors:
             yield name, of_tensor(name)
@@ -317,7 +448,7 @@ def _matrix_shape(info: TensorInfo) -> tuple[int, int]:
     return math.prod(info.shape) // max(columns, 1), columns
 
 
-def _row_ranges(info: TensorInfo) -> list[_Rows]:
+def _row_ranges(info: TensorInfo) -> list[Rows]:
     rows, _ = _matrix_shape(info)
     step = max(BLOCK_BYTES // max(info.num_bytes // max(rows, 1), 1), 1)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -96,7 +96,8 @@ def _models(folder: Folder, template: _Template) -> list[ModelSpec]:
     files = folder.files()
     by_source = {_canonical(m.source): m for m in template.models}
     by_name = {m.name: m for m in template.models}
-    bases = {_canonical(uri) for uri in (template.base.aligned, template.base.unaligned, template.base.safety) if uri}
+    # The harmful LoRA of RESTA may be a model of the catalogue too; then the template lists it.
+    bases = {_canonical(uri) for uri in template.base.sources} - by_source.keys()
     outputs = tuple(f"{_canonical(template.artifacts)}/{kind}/" for kind in get_args(Kind))
     found: dict[str, ModelSpec] = {}
     for path in model_folders(files):

@@ -94,9 +94,8 @@ async def _follow(client: JobSubmissionClient, submission_id: str) -> int:
 
 
 def _warn_of_local_paths(manifest: Manifest) -> None:
-    base = manifest.base
-    uris = [base.aligned, base.unaligned, base.safety or "", *(m.source for m in manifest.models), manifest.artifacts]
-    local = [uri for uri in (*uris, *manifest.evaluation.folders) if uri and "://" not in uri]
+    uris = [*manifest.base.sources, *(m.source for m in manifest.models), manifest.artifacts]
+    local = [uri for uri in (*uris, *manifest.evaluation.folders) if "://" not in uri]
     local += [manifest.tracking.uri] if manifest.tracking.uri.startswith("sqlite:") else []
     if local:
         logger.warning("every node must see the same under these local paths: %s", ", ".join(local))

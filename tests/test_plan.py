@@ -140,8 +140,8 @@ def test_plan_adapter_that_no_engine_serves_is_folded_into_its_base(catalogue: P
     assert not served["merged"].is_adapter
 
 
-def broken(changes: dict[str, Any]) -> Any:
-    return pytest.param(changes)
+def factor_average(model: str) -> dict[str, Any]:
+    return {"name": "p", "realign": {"method": "safemerge", "merge": "peft_factor"}, "fuse": None, "models": [model]}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,12 @@ def broken(changes: dict[str, Any]) -> Any:
         (lambda d, r: d["models"][0].update(suites=["nosuchsuite_xyz"]), SuiteError, "nosuchsuite_xyz"),
         (lambda d, r: d["models"][0].update(suites=["harm"]), ManifestError, "suite harm is a suite of harmfulness"),
         (lambda d, r: d["variants"][0]["fuse"].update(output="adapter"), ManifestError, "full is no adapter"),
-        (lambda d, r: d["variants"][1]["realign"].update(merge="peft_factor"), ManifestError, "full has none"),
+        (lambda d, r: d.update(variants=[factor_average("full")]), ManifestError, "full has none"),
+        (
+            lambda d, r: d.update(variants=[factor_average("lora")]),
+            ManifestError,
+            r"lora and of base.safety differ: model.layers.0.self_attn.q_proj \(4 and 8\)",
+        ),
         (lambda d, r: d["base"].update(harmful=d["models"][2]["source"]), CheckpointError, "base.harmful"),
     ],
 )

@@ -87,8 +87,8 @@ def test_truncated_twice_changes_nothing(d_out: int, d_in: int, rank: int, k: in
         again, lost = truncated(once, k, seeded(0))
         assert again is once
         assert lost == 0.0
-        wider, lost = truncated(once.plus(zero((d_out, d_in), 3).scaled(0.0)), k, seeded(0))
-        torch.testing.assert_close(wider.dense(), once.dense())
+        padded, lost = truncated(once.plus(zero((d_out, d_in), 3)), k, seeded(0))
+        torch.testing.assert_close(padded.dense(), once.dense())
         assert lost == pytest.approx(0.0, abs=1e-12 * max(delta.norm(), 1.0))
 
 

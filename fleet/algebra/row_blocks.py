@@ -33,11 +33,11 @@ class RowBlocks:
         start = 0
         for block in self.blocks():
             # (rightᵀ X)ᵀ: the tall factor stays in its own row order, twice as fast as Xᵀ @ right where k is small.
-            part = right[start : start + block.shape[0]].T @ block
-            total = part if total is None else total.add_(part)
+            part = right[start : start + block.shape[0]].T
+            total = part @ block if total is None else total.addmm_(part, block)
             start += block.shape[0]
         assert total is not None
-        return total.T.contiguous()
+        return total.T
 
     def dense(self) -> torch.Tensor:
         """The whole matrix; the block itself if it is one."""

@@ -42,15 +42,23 @@ def read_tensor(folder: Folder, info: TensorInfo) -> torch.Tensor:
     return _read(folder, info, info.start, info.num_bytes).reshape(info.shape)
 
 
-def read_rows(folder: Folder, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a tensor, all axes but the last taken as rows: (stop − start, columns), its own dtype."""
+def read_rows(
+    folder: Folder, info: TensorInfo, start: int, stop: int, memory: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows [start, stop) of a tensor, all axes but the last taken as rows: (stop − start, columns), its own dtype.
+
+    Args:
+        memory: uint8, where the values are put; of exactly their size. New memory without it.
+    """
     columns = info.shape[-1] if info.shape else 1
     row_bytes = columns * KNOWN_DTYPE_BYTES[info.dtype]
-    return _read(folder, info, info.start + start * row_bytes, (stop - start) * row_bytes).reshape(-1, columns)
+    return _read(folder, info, info.start + start * row_bytes, (stop - start) * row_bytes, memory).reshape(-1, columns)
 
 
-def _read(folder: Folder, info: TensorInfo, offset: int, num_bytes: int) -> torch.Tensor:
-    data = torch.empty(num_bytes, dtype=torch.uint8)
+def _read(
+    folder: Folder, info: TensorInfo, offset: int, num_bytes: int, memory: torch.Tensor | None = None
+) -> torch.Tensor:
+    data = torch.empty(num_bytes, dtype=torch.uint8) if memory is None else memory
     if num_bytes:
         folder.read_into(info.file, offset, data.numpy().data)
     return data.view(TORCH_DTYPES[info.dtype])

@@ -38,6 +38,9 @@ Edit: TypeAlias = Annotated[
 ]
 """Every method that edits by a rule of its own, told apart by `method`."""
 
+ROUNDING = 1e-6
+"""Below this share of ‖ΔW‖, ΔW_after − ΔW_before is float32's rounding, and has no direction."""
+
 
 class Control(RealignMethod):
     """What all controls have in common."""
@@ -105,10 +108,16 @@ class RandomModules(Control):
     method: Literal["random_modules"]
 
     def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
-        names = sorted(m.module for m in modules if m.delta_norm or self.edits_untouched)
+        edited = {name: norm for name, norm in edit_norms.items() if norm}
+
+        def drawable(m: ModuleStatistics) -> bool:
+            # Where V vanishes only a method that does without V makes an edit, as it did in such a module itself.
+            return self.edits_untouched or (m.delta_norm > 0.0 and (m.lift is not None or m.module in edited))
+
+        names = sorted(m.module for m in modules if drawable(m))
         draw = random.Random(self.seed)
-        chosen = draw.sample(names, min(len(edit_norms), len(names)))
-        norms = [norm for _, norm in sorted(edit_norms.items())]
+        chosen = draw.sample(names, min(len(edited), len(names)))
+        norms = [norm for _, norm in sorted(edited.items())]
         draw.shuffle(norms)
         return dict(zip(chosen, norms, strict=False))
 
@@ -116,7 +125,7 @@ class RandomModules(Control):
         return min(ranks.own + self.of.rank(ranks), ranks.limit)
 
     def edit(self, module: Module) -> Delta:
-        return _resized(module, self.of.edit(module).minus(module.delta))
+        return _resized(module, _edit_of(self.of, module))
 
 
 class RandomSubspace(Control):
@@ -130,8 +139,7 @@ class RandomSubspace(Control):
     def edit(self, module: Module) -> Delta:
         from fleet.algebra.random_edits import turned
 
-        edit = self.of.edit(module).minus(module.delta)
-        return _resized(module, turned(edit, module.generator(self.seed)))
+        return _resized(module, turned(_edit_of(self.of, module), module.generator(self.seed)))
 
 
 class Noise(Control):
@@ -148,7 +156,25 @@ class Noise(Control):
         return _resized(module, gaussian_like(module.delta, module.generator(self.seed)))
 
 
+def _edit_of(method: RealignMethod, module: Module) -> Delta:
+    """ΔW_after − ΔW_before under a method; a LoRA's, of the rank that the method itself is written with.
+
+    What recompression loses may be most of a dense edit: left for later, the control's edit would fall short.
+    """
+    from fleet.algebra.delta import LowRank
+    from fleet.algebra.spectral import truncated
+
+    delta, edited = module.delta, method.edit(module)
+    if isinstance(delta, LowRank):
+        safety, harmful = (d.rank if isinstance(d, LowRank) else 0 for d in (module.safety, module.harmful))
+        ranks = Ranks(delta.rank, safety, harmful, min(delta.shape))
+        edited, _ = truncated(edited, method.written_rank(ranks), module.generator(0))
+    return edited.minus(delta)
+
+
 def _resized(module: Module, edit: Delta) -> Delta:
     """ΔW plus an edit in this direction with the target's norm; ΔW as it is, if there is no direction."""
     norm = edit.norm()
-    return module.delta.plus(edit.scaled(module.target_norm / norm)) if norm > 0.0 else module.delta
+    if norm <= ROUNDING * module.delta.norm():
+        return module.delta
+    return module.delta.plus(edit.scaled(module.target_norm / norm))

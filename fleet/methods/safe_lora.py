@@ -10,7 +10,7 @@ usual size it shrinks ΔW to a hundredth or less, and the method is a deletion i
 record says so where the gain ‖CΔW‖/‖ΔW‖ is below 0.05, and `operator` offers what the deletion has to be compared with:
 
 - `projection`: C, the paper's.
-- `norm_preserving`: CΔW · ‖ΔW‖/‖CΔW‖.
+- `norm_preserving`: CΔW · ‖ΔW‖/‖CΔW‖, or 0 where CΔW = 0.
 - `subspace`: U_kU_kᵀΔW with V's k leading left singular vectors, a projector indeed.
 - `delete`: 0.
 
@@ -94,7 +94,8 @@ class SafeLora(Gated):
                 return module.projected
             case "norm_preserving":
                 projected = module.projected
-                return projected.scaled(module.delta.norm() / projected.norm())
+                norm = projected.norm()
+                return projected.scaled(module.delta.norm() / norm) if norm > 0.0 else projected
             case "subspace":
                 return module.delta.onto_left(module.displacement(self.subspace_directions).left)
             case "delete":
