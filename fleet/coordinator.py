@@ -510,6 +510,9 @@ class Coordinator:
             del result["edits"]
             modules, (decisions, _) = self._modules(active.step), self._decisions(active.step)
             result["modules"] = [*module_rows(modules, decisions, edits)]
+            if warning := active.step.method.warning(modules, edits.keys()):
+                logger.warning("%s: %s", active.step.name, warning)
+                result["warning"] = warning
         self._complete(active.step, self._record(active.step, active.attempt, files, result, active.seconds))
 
     def _record(

@@ -66,6 +66,8 @@ class Row(_Part):
     """Of a realigned model: how many of its modules were edited."""
     edit_norm: float | None = None
     """Of a realigned model: ‖ΔW_after − ΔW_before‖ over its modules."""
+    warning: str | None = None
+    """What its method should be known for on this model."""
 
 
 class MethodSummary(_Part):
@@ -157,7 +159,8 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
     verdict = None if candidate.role == "reference" else _gate(plan, candidate, logs)
     weights = candidate.weights
     modules = realigned_modules(candidate, logs.records)
-    norm = logs.records[weights.key].result["edit_norm"] if isinstance(weights, RealignStep) and modules else None
+    result = logs.records[weights.key].result if isinstance(weights, RealignStep) and modules else {}
+    norm, warning = result.get("edit_norm"), result.get("warning")
     uri = weights.uri if isinstance(weights, Source) else None
     if not isinstance(weights, Source) and weights.key in logs.records:
         uri = f"{plan.store.uri}/{attempt_prefix(weights, logs.records[weights.key].attempt)}"
@@ -173,6 +176,7 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
         reasons=tuple(verdict.reasons) if verdict else (),
         edited=f"{sum(bool(m['edit']) for m in modules)} of {len(modules)}" if modules else None,
         edit_norm=norm if isinstance(norm, float) else None,
+        warning=warning if isinstance(warning, str) else None,
     )
 
 
@@ -434,7 +438,8 @@ def _html_cell(score: Score | None) -> str:
 
 
 def _evidence(row: Row) -> str:
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in row.reasons)
+    notes = (*((f"warning: {row.warning}",) if row.warning else ()), *row.reasons)
+    reasons = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     samples = "".join(f"<li>{html.escape(s.suite)}: <code>{html.escape(s.samples)}</code></li>" for s in row.scores)
     parameters = html.escape(json.dumps(row.parameters, sort_keys=True)) if row.parameters else "none"
     return (

@@ -22,7 +22,7 @@ from fleet.record import UnitRecord
 from fleet.store import open_folder
 from fleet.survey import SurveyResult, SurveyUnit
 from fleet.workers import FuseUnit, Member, RealignUnit, TensorWorker
-from tests.pico import make_adapter, make_gpt2
+from tests.pico import make_adapter, make_gpt2, write_model
 
 SAFEMERGE = SafeMerge(method="safemerge", alpha=0.75)
 DIRECTIONS = 4
@@ -457,6 +457,38 @@ def test_survey_of_a_conv1d_model_uses_the_module_as_it_multiplies(tmp_path: Pat
         assert row.shape == tuple(v.shape)
         lift = v.shape[0] * (v.T @ delta).norm() ** 2 / (v.norm() ** 2 * delta.norm() ** 2)
         assert row.lift == pytest.approx(float(lift), rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_expert_of_a_stacked_tensor_is_a_module_of_its_own(tmp_path: Path, model_type: str) -> None:
+    """(E, d_out, d_in), and (E, d_in, d_out) in gpt_oss: one expert is measured and reverted, the others stay."""
+    tensor, transposed = "model.layers.0.mlp.experts.gate_up_proj", model_type == "gpt_oss"
+    stored = {}
+    for seed, name in enumerate(("unaligned", "aligned", "full")):
+        generator = torch.Generator().manual_seed(seed)
+        stored[name] = torch.randn(3, 6, 8, generator=generator)
+        write_model(tmp_path / name, {"model_type": model_type}, {tensor: stored[name], "norm.weight": torch.ones(4)})
+    out = tmp_path / "out"
+    rows = survey(tmp_path, {"full": tmp_path / "full"}, out)[0].statistics["full"]
+    assert [row.module for row in rows] == [f"{tensor}[{e}]" for e in range(3)]
+    canonical = {n: (t.mT if transposed else t).double() for n, t in stored.items()}
+    for e, row in enumerate(rows):
+        v, delta = canonical["aligned"][e] - canonical["unaligned"][e], canonical["full"][e] - canonical["aligned"][e]
+        assert row.shape == tuple(v.shape)
+        lift = v.shape[0] * (v.T @ delta).norm() ** 2 / (v.norm() ** 2 * delta.norm() ** 2)
+        assert row.lift == pytest.approx(float(lift), rel=1e-4)
+    names = (tensor, "norm.weight")
+    shard = Shard("model.safetensors", names, dict.fromkeys(names, "model.safetensors"))
+    unit = RealignUnit(
+        aligned=str(tmp_path / "aligned"), unaligned=str(tmp_path / "unaligned"), model=str(tmp_path / "full"),
+        safety=None, harmful=None, displacement=str(out / "displacement"), projections=None,
+        method=SafeLora(method="safe_lora", operator="delete"), edited=frozenset({f"{tensor}[1]"}), targets={},
+        as_adapter=False, shard=shard, output=Output(str(out), "m"),
+    )  # fmt: skip
+    TensorWorker().realign(unit)
+    found = weights_of(out / "m")[tensor]
+    torch.testing.assert_close(found[1], stored["aligned"][1])
+    torch.testing.assert_close(found[[0, 2]], stored["full"][[0, 2]])
 
 
 def test_survey_finds_nan_and_names_the_tensor(catalogue: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Planning imports these files and no torch: what needs it is imported where an ed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -166,6 +166,10 @@ class RealignMethod(BaseModel):
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
         """Which of one model's modules are edited. Pure; reads no weights."""
         raise NotImplementedError
+
+    def warning(self, modules: Sequence[ModuleStatistics], edited: Set[str]) -> str | None:
+        """What a user should know of these edits before trusting the method's name; None if nothing."""
+        return None
 
     def edit(self, module: Module) -> Delta:
         """The realigned task vector of a module that `decide` chose."""

@@ -19,7 +19,7 @@ record says so where the gain ‖CΔW‖/‖ΔW‖ is below 0.05, and `operator`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -83,10 +83,22 @@ class SafeLora(Gated):
             else:
                 rule = f"{'≤' if edit else '>'} {self.tau:g}"
             reason = f"{self.statistic} {values[module.module]:.4f} {rule}"
-            if edit and self.operator == "projection" and (module.gain or 0.0) < PROJECTION_IS_DELETION:
+            if edit and self._deletes(module):
                 reason += f"; gain {module.gain or 0.0:.2g}: the projection is a deletion"
             decisions.append(Decision(module=module.module, edit=edit, reason=reason))
         return decisions
+
+    def warning(self, modules: Sequence[ModuleStatistics], edited: Set[str]) -> str | None:
+        deleted = [m.module for m in modules if m.module in edited and self._deletes(m)]
+        if not deleted:
+            return None
+        return (
+            f"in {len(deleted)} of {len(edited)} edited modules the projection keeps less than "
+            f"{PROJECTION_IS_DELETION:.0%} of ΔW: a deletion; compare with the operators delete and norm_preserving"
+        )
+
+    def _deletes(self, module: ModuleStatistics) -> bool:
+        return self.operator == "projection" and (module.gain or 0.0) < PROJECTION_IS_DELETION
 
     def edit(self, module: Module) -> Delta:
         match self.operator:
