@@ -87,7 +87,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1c2733; }
 main { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap; }
-th { cursor: pointer; } th:first-child, td:first-child, td:nth-child(3) { text-align: left; }
+th { cursor: pointer; } th:first-child, td:first-child, th:nth-child(3), td:nth-child(3) { text-align: left; }
 tr.no td { color: #8a96a3; } small { color: #5c6b7a; }
 """
 

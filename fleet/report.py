@@ -433,8 +433,8 @@ def _html_cell(score: Score | None) -> str:
     if score is None:
         return "<td></td>"
     rate = score.rate
-    counts = f"{rate.numerator:g} of {rate.denominator} scored, {rate.unscored} unscored"
-    return f'<td title="{counts}">{html.escape(cell(rate, True))}</td>'
+    counts = f"{cell(rate, True)}: {rate.numerator:g} of {rate.denominator} scored, {rate.unscored} unscored"
+    return f'<td title="{html.escape(counts)}">{html.escape(cell(rate, score.kind != "task"))}</td>'
 
 
 def _evidence(row: Row) -> str:
@@ -466,9 +466,9 @@ def _chart(report: RunReport) -> str:
                 y=[100 * p[2] for p in points if p[2] is not None],
                 text=[p[0] for p in points],
                 name=title,
-                mode="markers+text" if role in ("reference", "fused") else "markers",  # the others, on hover
-                textposition="top center",
-                marker={"size": 11},
+                mode="markers",  # names on hover: most candidates lie in one corner
+                marker={"size": 9},
+                opacity=0.6,
                 error_x={
                     "type": "data",
                     "symmetric": False,
@@ -476,6 +476,19 @@ def _chart(report: RunReport) -> str:
                     "arrayminus": [100 * ((r.value or 0.0) - (r.low or 0.0)) for r in rates],
                     "thickness": 1,
                 },
+            )
+        )
+    means = [m for m in report.methods if m.harmfulness is not None and m.task_accuracy is not None]
+    if len(means) > 1:
+        figure.add_trace(
+            go.Scatter(
+                x=[100 * (m.harmfulness or 0.0) for m in means],
+                y=[100 * (m.task_accuracy or 0.0) for m in means],
+                text=[m.name for m in means],
+                name="Mean of a method's models",
+                mode="markers+text",
+                textposition="bottom right",
+                marker={"size": 15, "symbol": "diamond", "color": "#1c2733"},
             )
         )
     figure.update_layout(
