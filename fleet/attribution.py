@@ -40,11 +40,14 @@ def module_rows(
     """
     rows: list[dict[str, Json]] = []
     for statistics, decision in zip(modules, decisions, strict=True):
-        row: dict[str, Json] = {"module": statistics.module, "edit": decision.edit, "reason": decision.reason}
+        edit, reason = edits.get(statistics.module, {}), decision.reason
+        if decision.edit and not edit.get("edit_norm"):
+            reason += "; nothing changed"
+        row: dict[str, Json] = {"module": statistics.module, "edit": bool(edit.get("edit_norm")), "reason": reason}
         for name in ("lift", "rho", "rho_z", "cosine", "delta_norm"):
             value = getattr(statistics, name)
             row[name] = None if value is None else float(f"{value:.6g}")
-        rows.append(row | dict(edits.get(statistics.module, {})))
+        rows.append(row | dict(edit))
     return rows
 
 

@@ -424,7 +424,7 @@ class Coordinator:
                 models={s.name: s.model.uri for s in surveys},
                 tensors=tuple(names),
                 file=shard_name(index, len(groups)),
-                rho=displacement.rho,
+                rho=any(s.rho for s in surveys),
                 directions=displacement.directions,
                 displacement=outputs[displacement.key] if own else self._folder(displacement),
                 projections={s.name: outputs[s.key] for s in surveys if s.projection},
@@ -551,7 +551,10 @@ class Coordinator:
 
 
 class _SurveyPass:
-    """The state of the one pass that surveys all pending models together."""
+    """The state of the one pass that surveys all pending models together.
+
+    Its units leave no records: a pass that is interrupted starts over, and a unit that fails fails all its models.
+    """
 
     def __init__(self) -> None:
         self.attempt = _new_attempt()

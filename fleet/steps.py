@@ -30,7 +30,7 @@ from fleet.identity import Json, digest
 from fleet.manifest import Manifest, Variant
 from fleet.methods import AnyRealignMethod, Control, Ranks
 from fleet.methods.base import Need
-from fleet.record import Step
+from fleet.record import ALGORITHM_VERSIONS, Step
 
 Role = Literal["reference", "finetuned", "realigned", "fused"]
 
@@ -82,7 +82,6 @@ class Bases:
 class DisplacementStep(Step):
     """Measure V's own part: what every survey of this pair of base models uses, tonight and later."""
 
-    rho: bool
     directions: int
 
 
@@ -92,6 +91,8 @@ class SurveyStep(Step):
 
     model: Source
     displacement: DisplacementStep
+    rho: bool
+    """Whether ρ and gain are measured, which takes twice the flops."""
     projection: bool
     """Whether the B factors of VVᵀΔW/‖V‖ are kept."""
 
@@ -232,21 +233,20 @@ class StepBuilder:
     @cached_property
     def _displacement(self) -> DisplacementStep:
         """V's own part, with all that any variant uses."""
-        rho = "rho" in self._needs
         directions = max((m.directions for m in self._methods), default=0)
         directions = max(directions, self.manifest.survey.directions)
-        spec: dict[str, Json] = {"rho": rho, "directions": directions}
+        spec: dict[str, Json] = {"directions": directions}
         bases = {"aligned": self.bases.aligned, "unaligned": self.bases.unaligned}
         step = DisplacementStep(
             kind="displacement", name="base", spec=spec, inputs={name: s.identity for name, s in bases.items()},
-            read_bytes=sum(s.model.num_bytes for s in bases.values()), rho=rho, directions=directions,
+            read_bytes=sum(s.model.num_bytes for s in bases.values()), directions=directions,
         )  # fmt: skip
         self.steps.setdefault(step.key, step)
         return step
 
     def _survey(self, name: str) -> SurveyStep:
         source, displacement = self.models[name], self._displacement
-        projection = "projection" in self._needs and isinstance(source.model, Adapter)
+        rho, projection = "rho" in self._needs, "projection" in self._needs and isinstance(source.model, Adapter)
         inputs = {
             "aligned": self.bases.aligned.identity,
             "unaligned": self.bases.unaligned.identity,
@@ -254,8 +254,9 @@ class StepBuilder:
         }
         read = sum(s.model.num_bytes for s in (self.bases.aligned, self.bases.unaligned, source))
         step = SurveyStep(
-            kind="survey", name=name, spec={"projection": projection}, inputs=inputs, deps=(displacement,),
-            read_bytes=read, model=source, displacement=displacement, projection=projection,
+            kind="survey", name=name, spec={"rho": rho, "projection": projection}, inputs=inputs,
+            deps=(displacement,), read_bytes=read, model=source, displacement=displacement, rho=rho,
+            projection=projection,
         )  # fmt: skip
         self.steps.setdefault(step.key, step)
         return step
@@ -264,17 +265,20 @@ class StepBuilder:
         source = survey.model
         if method.adapters_only and not source.is_adapter:
             raise ManifestError(
-                f"variants: {method.method} with these parameters averages LoRA factors, but {survey.name} has none; "
-                "leave it out of the variant's models"
+                f"variants: {method.method} with these parameters averages LoRA factors, but {survey.name} is no LoRA "
+                "that can be served as one; leave it out of the variant's models"
             )
         if method.adapters_only:
             self._require_equal_ranks(survey.name, source)
         matched = self._realign(survey, method.of) if isinstance(method, Control) else None
         offered = {"safety": self.bases.safety, "harmful": self.bases.harmful}
         merged = {name: source for name, source in offered.items() if name in method.needs}
-        inputs = {"aligned": self.bases.aligned.identity, "model": source.identity}
-        inputs |= {name: s.identity for name, s in merged.items() if s is not None}
-        spec: dict[str, Json] = {"method": _literals(method)}
+        # What a method decides follows from the three models; the survey only measured it. So the survey comes before,
+        # and another variant's wishes for the survey don't change what this one makes.
+        bases = {"aligned": self.bases.aligned, "unaligned": self.bases.unaligned}
+        inputs = {name: s.identity for name, s in (bases | merged | {"model": source}).items() if s is not None}
+        spec: dict[str, Json] = {"method": _literals(method), "survey": ALGORITHM_VERSIONS["survey"]}
+        displacement = survey.displacement
         read = source.model.num_bytes + sum(s.model.num_bytes for s in merged.values() if s is not None)
         tensors = self._touched(source, method)
         rank = self._realigned_rank(source, method, tensors) if source.is_adapter else 0
@@ -286,7 +290,8 @@ class StepBuilder:
             read, write = read + self.bases.aligned.model.num_bytes, self.bases.aligned.model.num_bytes
         step = RealignStep(
             kind="realign", name=f"{survey.name}.{method.method}-{digest(spec).removeprefix('sha256:')[:6]}", spec=spec,
-            inputs=inputs, deps=(survey, *((matched,) if matched else ())), read_bytes=read, write_bytes=write,
+            inputs=inputs, deps=(*((displacement,) if method.directions else ()), *((matched,) if matched else ())),
+            after=(survey, displacement), read_bytes=read, write_bytes=write,
             model=source, survey=survey, method=method, safety=merged.get("safety"), harmful=merged.get("harmful"),
             matched=matched, tensors=tensors, is_adapter=is_adapter, max_rank=rank if is_adapter else 0,
         )  # fmt: skip
@@ -296,6 +301,12 @@ class StepBuilder:
     def _require_equal_ranks(self, name: str, source: Source) -> None:
         """Averaging factors needs as many of them on both sides."""
         safety = self.bases.safety.model if self.bases.safety else None
+        for adapter in (source.model, safety):
+            if isinstance(adapter, Adapter) and any(m.scale < 0 for m in adapter.modules.values()):
+                raise ManifestError(
+                    f"variants: {adapter.folder.uri}: lora_alpha is negative, and averaging LoRA factors takes its "
+                    'root; use "merge": "exact"'
+                )
         ranks = {m: (lora_rank(source.model, m), lora_rank(safety, m)) for m in _modules(source.tensors)}
         if unequal := [f"{m} ({own} and {theirs})" for m, (own, theirs) in ranks.items() if theirs not in (0, own)]:
             raise ManifestError(
@@ -308,7 +319,9 @@ class StepBuilder:
         if not method.edits_untouched:
             return source.tensors
         aligned = self.bases.aligned_model
-        added = {tensor for tensor in aligned.tensors if module_views(aligned, tensor)}
+        views = [view for tensor in aligned.tensors for view in module_views(aligned, tensor)]
+        # A LoRA has no factors for one expert of a stacked tensor: there nothing is added.
+        added = {view.tensor for view in views if view.index is None or not source.is_adapter}
         if "harmful" in method.needs and self.bases.harmful is not None:
             added &= set(self.bases.harmful.tensors)
         return tuple(sorted({*source.tensors, *added}))
@@ -358,8 +371,9 @@ class StepBuilder:
         full = [name for name, member in members.items() if not member.is_adapter]
         if variant.fuse.output == "adapter" and full:
             raise ManifestError(
-                f'variants: {variant.name}: fuse.output is "adapter", but {", ".join(full)} is no adapter; '
-                'leave it out of the variant\'s models, or let fuse.output be "auto"'
+                f'variants: {variant.name}: fuse.output is "adapter", but {", ".join(full)} is no adapter, or of a '
+                f"rank over {MAX_SERVED_RANK}; leave it out of the variant's models, set realign.max_rank, or let "
+                'fuse.output be "auto"'
             )
         return variant.fuse.output != "model" and not full
 

@@ -25,7 +25,13 @@ from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.random_edits import named_generator
 from fleet.algebra.row_blocks import RowBlocks
 from fleet.algebra.spectral import Triplets, leading_triplets
-from fleet.algebra.statistics import Displacement, delta_statistics, probe_triples
+from fleet.algebra.statistics import (
+    UNDEFINED_NORM,
+    Displacement,
+    delta_statistics,
+    probe_triples,
+    projected_factor,
+)
 from fleet.checkpoint.headers import TensorInfo, read_headers
 from fleet.checkpoint.models import (
     Adapter,
@@ -57,7 +63,7 @@ CACHED_NUMBERS = 1 << 17
 """Numbers that are converted, subtracted and squared at a time: they stay in cache from one to the next."""
 
 RESIDENT_BYTES = 1 << 30
-"""A larger V, float32, is read again from storage for each product instead of being kept."""
+"""A larger V, float32, is read again from storage for each product instead of being kept; not of stacked experts."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self.ring = ring()
-        self._values = Memory()
-
-    def matrix(self, rows: int, columns: int) -> torch.Tensor:
-        """(rows, columns), float32, uninitialised; the last one's memory."""
-        return self._values.take(rows * columns * 4).view(torch.float32).view(rows, columns)
+        self.v = Memory()
+        """V of a tensor, or of a block of one that is not kept whole."""
 
 
 def survey(
@@ -145,7 +148,7 @@ def survey(
     loras = {name: model for name, model in models.items() if isinstance(model, Adapter) and model.is_lora}
     factors = _one_ahead(lambda tensor: _finite_factors(tensor, loras, result.non_finite), unit.tensors)
     displaced = _displacements(aligned, unaligned, unit.tensors, scratch)
-    for tensor, v, low_rank in zip(unit.tensors, displaced, factors, strict=True):
+    for v, tensor, low_rank in zip(displaced, unit.tensors, factors, strict=True):
         others = {n: model for n, model in models.items() if n not in loras and tensor in touched[n]}
         views = module_views(aligned, tensor)
         deltas = low_rank | _finite_deltas(aligned, tensor, others, bool(views), result.non_finite)
@@ -153,13 +156,13 @@ def survey(
             v_view = _view(v, view, aligned.tensors[tensor], is_transposed(aligned, tensor))
             displacement = own.of(view.module, v_view, v.norm if view.index is None else None)
             in_view = {n: d if view.index is None else Dense(d.dense()[view.index]) for n, d in deltas.items()}
-            for name, (statistics, projected_b) in delta_statistics(v_view, displacement, in_view).items():
+            for name, statistics in delta_statistics(v_view, displacement, in_view, unit.rho).items():
                 delta = in_view[name]
                 rank = delta.rank if isinstance(delta, LowRank) else None
                 row = ModuleStatistics(module=view.module, shape=v_view.shape, rank=rank, **statistics._asdict())
                 result.statistics[name].append(row)
-                if projected_b is not None and name in projected:
-                    projected[name][view.module] = projected_b
+                if name in projected and isinstance(delta, LowRank) and row.rho is not None:
+                    projected[name][view.module] = projected_factor(v_view, displacement.norm, delta)
     for name, factors in projected.items():
         result.projections[name] = write_file(unit.projections[name], unit.file, factors)
     return result._replace(displacement=own.write())
@@ -172,10 +175,11 @@ class StoredDisplacement:
         self._folder = folder
         self._tensors = read_headers(folder, "model")
 
-    def of(self, module: str) -> Displacement:
-        norm = float(self._read(f"{module}.norm"))
-        has_probes = f"{module}.probes" in self._tensors
-        return Displacement(norm, self._read(f"{module}.probes") if has_probes else None, self.basis(module))
+    def of(self, module: str, rho: bool) -> Displacement:
+        """One module's part, without the probes where ρ is not asked for."""
+        has_probes = rho and f"{module}.probes" in self._tensors
+        probes = self._read(f"{module}.probes") if has_probes else None
+        return Displacement(float(self._read(f"{module}.norm")), probes, self.basis(module))
 
     def basis(self, module: str) -> Triplets | None:
         """V's leading singular triplets; None if no directions were asked for."""
@@ -188,7 +192,7 @@ class StoredDisplacement:
 
 
 @lru_cache(maxsize=4)
-def _stored_displacement(uri: str) -> StoredDisplacement:
+def stored_displacement(uri: str) -> StoredDisplacement:
     """Its headers, of as many files as there are units, are kept between the units of one worker."""
     return StoredDisplacement(open_folder(uri))
 
@@ -200,7 +204,7 @@ class _OwnPart:
         self._unit = unit
         self._stored = None
         if isinstance(unit.displacement, str):
-            self._stored = _stored_displacement(unit.displacement)
+            self._stored = stored_displacement(unit.displacement)
         self._measured: dict[str, Displacement] = {}
 
     def of(self, module: str, v: RowBlocks, whole_norm: Callable[[], float] | None) -> Displacement:
@@ -210,14 +214,16 @@ class _OwnPart:
             whole_norm: gives ‖V‖ if the module is the whole of its tensor.
         """
         if self._stored is not None:
-            return self._stored.of(module)
-        generator = named_generator(0, module)
+            return self._stored.of(module, self._unit.rho)
         if whole_norm is not None:
             norm = whole_norm()
         else:
             norm = float(torch.linalg.vector_norm(v.dense(), dtype=torch.float64))
-        probes = probe_triples(v, generator) if self._unit.rho else None
-        basis = leading_triplets(v, self._unit.directions, generator) if self._unit.directions else None
+        probes = basis = None
+        if norm >= UNDEFINED_NORM:
+            probes = probe_triples(v, norm, named_generator(0, f"{module}.probes"))
+        if self._unit.directions:
+            basis = leading_triplets(v, self._unit.directions, named_generator(0, f"{module}.basis"))
         self._measured[module] = Displacement(norm, probes, basis)
         return self._measured[module]
 
@@ -266,11 +272,11 @@ def _finite_factors(tensor: str, adapters: Mapping[str, Adapter], non_finite: di
 def _one_ahead(read: Callable[[str], dict[str, Delta]], tensors: tuple[str, ...]) -> Iterator[dict[str, Delta]]:
     """`read` of each tensor; a thread does the next one's meanwhile."""
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read, tensors[0]) if tensors else None
-        for following in (*tensors[1:], None):
-            assert ahead is not None
+        started = (reader.submit(read, tensor) for tensor in tensors)
+        ahead = next(started, None)
+        while ahead is not None:
             found = ahead.result()
-            ahead = reader.submit(read, following) if following is not None else None
+            ahead = next(started, None)
             yield found
 
 
@@ -318,7 +324,8 @@ class _Displaced:
 
     Args:
         pairs: the blocks of both models, being read.
-        resident: where V is kept; None if it is read again for each use but the first.
+        memory: where V is kept.
+        keep: whether the whole of it is; if not, each use but the first reads it again.
     """
 
     def __init__(
@@ -327,15 +334,17 @@ class _Displaced:
         unaligned: FullModel,
         tensor: str,
         pairs: Iterator[Pair],
-        resident: torch.Tensor | None,
+        memory: Memory,
+        keep: bool,
     ) -> None:
         self._models = aligned, unaligned
         self._tensor = tensor
         self._pairs = pairs
-        self._resident = resident
+        self._memory = memory
         self._squares = 0.0
         self._is_read = False
         self.matrix = RowBlocks(_matrix_shape(aligned.tensors[tensor]), torch.float32, self._blocks)
+        self._resident = _float32(memory, *self.matrix.shape) if keep else None
 
     def norm(self) -> float:
         """‖V‖.
@@ -358,7 +367,7 @@ class _Displaced:
     def _blocks(self) -> Iterator[torch.Tensor]:
         if not self._is_read:
             for (start, stop), a, u in self._pairs:
-                block = torch.empty(a.shape) if self._resident is None else self._resident[start:stop]
+                block = _float32(self._memory, *a.shape) if self._resident is None else self._resident[start:stop]
                 self._squares += _subtract(a, u, block)
                 yield block
             self._is_read = True
@@ -382,10 +391,16 @@ def _displacements(
     """
     for tensor, pairs in _blocks_ahead(aligned, unaligned, tensors, scratch.ring):
         rows, columns = _matrix_shape(aligned.tensors[tensor])
-        keep = rows * columns * 4 <= RESIDENT_BYTES and bool(module_views(aligned, tensor))
-        v = _Displaced(aligned, unaligned, tensor, pairs, scratch.matrix(rows, columns) if keep else None)
+        views = module_views(aligned, tensor)
+        # Of stacked experts each is looked at apart: reading all of them for each would take E passes.
+        keep = bool(views) and (len(views) > 1 or rows * columns * 4 <= RESIDENT_BYTES)
+        v = _Displaced(aligned, unaligned, tensor, pairs, scratch.v, keep)
         yield v
         v.norm()
+
+
+def _float32(memory: Memory, rows: int, columns: int) -> torch.Tensor:
+    return memory.take(rows * columns * 4).view(torch.float32).view(rows, columns)
 
 
 def _subtract(a: torch.Tensor, u: torch.Tensor, out: torch.Tensor) -> float:

@@ -39,7 +39,7 @@ from fleet.methods import AnyRealignMethod, Ranks
 from fleet.outputs import Output, Shard, of_rank, write_adapter, write_shard
 from fleet.record import UnitRecord
 from fleet.store import open_folder
-from fleet.survey import Scratch, StoredDisplacement, SurveyResult, SurveyUnit, survey
+from fleet.survey import Scratch, StoredDisplacement, SurveyResult, SurveyUnit, stored_displacement, survey
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ class _Realigning:
         self.harmful = _adapter(unit.harmful) if unit.harmful is not None else None
         self.edits: list[Json] = []
 
-    @cached_property
+    @property
     def displacement(self) -> StoredDisplacement:
-        return StoredDisplacement(open_folder(self.unit.displacement))
+        return stored_displacement(self.unit.displacement)
 
     @cached_property
     def projections(self) -> Mapping[str, torch.Tensor]:
@@ -216,11 +216,10 @@ class _Realigning:
         if not views:
             assert rest is not None
             return base + rest.dense()
-        if delta is None:
-            delta = zero(canonical_shape(self.aligned, tensor))
         if edited[0].index is None:
+            delta = zero(canonical_shape(self.aligned, tensor)) if delta is None else delta
             return base + self._edited(edited[0], delta, None).dense()
-        total = delta.dense().clone()
+        total = torch.zeros_like(base) if delta is None else delta.dense().clone()
         for view in edited:
             total[view.index] = self._edited(view, Dense(total[view.index]), None).dense()
         return base + total
@@ -229,9 +228,8 @@ class _Realigning:
         """The method's edit of one module, of exactly this rank if it goes into an adapter, and its row."""
         module = _Module(self, view, delta)
         edited, lost = self.unit.method.edit(module), 0.0
-        limit = self.unit.method.max_rank if rank is None else rank
-        if limit is not None:
-            edited, lost = truncated(edited, limit, module.generator(0))
+        if rank is not None:
+            edited, lost = truncated(edited, rank, module.generator(0))
         self.edits.append(self._row(view.module, delta, edited, lost))
         return edited if rank is None or not isinstance(edited, LowRank) else of_rank(edited, rank)
 

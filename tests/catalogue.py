@@ -38,14 +38,18 @@ def make_catalogue(root: Path) -> Path:
     make_adapter(root / "lora", root / "aligned", 2, rank_pattern={"layers.1.self_attn.q_proj": 2})
     make_adapter(root / "rslora", root / "aligned", 3, rank=8, use_rslora=True, targets=("k_proj", "q_proj"))
     make_model(root / "full", 4)
-    suites = root / "suites"
+    make_suites(root / "suites")
+    return root
+
+
+def make_suites(suites: Path) -> None:
+    """Write the suites `task` and `harm`."""
     suites.mkdir()
     (suites / "task.yaml").write_text(TASK_YAML)
     (suites / "harm.yaml").write_text(HARM_YAML)
     rows = ({"question": f"{i}+1=", "answer": str(i + 1)} for i in range(6))
     (suites / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (suites / "harm.jsonl").write_text("".join(json.dumps({"prompt": f"do {i}"}) + "\n" for i in range(6)))
-    return root
 
 
 def manifest_document(root: Path, work: Path, **changes: Any) -> dict[str, Any]:

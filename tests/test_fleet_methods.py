@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from fleet.plan import Plan
 from fleet.record import Record, attempt_prefix
 from fleet.report import make_report, report_html, write_report
 from fleet.steps import RealignStep
-from tests.catalogue import manifest_document
-from tests.pico import make_adapter
+from tests.catalogue import make_suites, manifest_document
+from tests.pico import make_adapter, write_adapter, write_model
 from tests.test_coordinator import again, tensor_plan, walk
 from tests.test_workers import weights_of
 
@@ -42,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "revert": {"method": "revert"},
     **{c: {"method": c, "of": SAFEMERGE} for c in ("uniform_scaling", "random_modules", "random_subspace", "noise")},
     "noise_for_lox": {"method": "noise", "of": {"method": "lox"}},
+    "random_for_resta": {"method": "random_modules", "of": {"method": "resta"}},
 }
 
 
@@ -79,9 +81,22 @@ def test_every_method_realigns_every_kind_of_model(fleet_run: tuple[Path, Plan, 
             assert all(row["reason"] for row in rows)
             total = math.sqrt(sum(row["edit_norm"] ** 2 for row in edited))
             assert record.result["edit_norm"] == pytest.approx(total)
-            assert all(len(row.get("directions", [[0, 0]] * 9)) == 9 for row in edited if row["delta_norm"]) or edited
+            assert all(len(row["directions"]) == 8 for row in edited if row["delta_norm"])
             folder = plan.store.folder(attempt_prefix(step, record.attempt))
             read_model(folder)
+
+
+@pytest.mark.parametrize("model", ["lora", "rslora", "full"])
+def test_random_modules_of_a_method_that_cannot_edit_all_keep_its_norm(
+    fleet_run: tuple[Path, Plan, RunResult], model: str
+) -> None:
+    """The harmful LoRA adapts k and q only: RESTA has nothing to add elsewhere, and says so; nor has its control."""
+    _, plan, result = fleet_run
+    _, record, rows = realigned(plan, result, f"{model}.resta")
+    _, matched, _ = realigned(plan, result, f"{model}.random_for_resta")
+    assert matched.result["edit_norm"] == pytest.approx(record.result["edit_norm"], rel=1e-4)
+    assert {row["module"].rsplit(".", 1)[1] for row in rows if row["edit"]} == {"k_proj", "q_proj"}
+    assert all("nothing changed" in row["reason"] for row in rows if not row["edit"])
 
 
 @pytest.mark.parametrize("control", ["uniform_scaling", "random_modules", "random_subspace", "noise"])
@@ -165,3 +180,50 @@ def test_lora_rank_limit_is_the_rank_written(catalogue: Path, tmp_path: Path) ->
     tensors = weights_of(Path(plan.store.folder(attempt_prefix(step, record.attempt)).uri))
     assert {min(t.shape) for t in tensors.values()} == {5}
     assert all(t.dtype == torch.float32 for t in tensors.values())
+
+
+def test_displacement_that_is_lost_is_measured_again_before_it_is_read(catalogue: Path, tmp_path: Path) -> None:
+    """The surveys that used it are still there; what reads its directions waits for it."""
+    lox = [{"name": "lox", "realign": {"method": "lox", "extrapolated_directions": 3}, "fuse": None}]
+    plan = tensor_plan(catalogue, tmp_path, variants=[*lox, *variants(["wise_ft"])])
+    before = walk(plan)
+    (lost,) = (s for s in plan.steps if s.kind == "displacement")
+    shutil.rmtree(tmp_path / "artifacts" / lost.key)
+    shutil.rmtree(tmp_path / "artifacts" / "realign")
+    second = walk(again(plan, catalogue, tmp_path, variants=[*lox, *variants(["wise_ft"])]))
+    assert not second.failures
+    assert {s.kind for s in plan.steps if s.key in second.computed} == {"displacement", "realign"}
+    for step in plan.steps:
+        if step.kind == "realign":
+            assert second.records[step.key].files == before.records[step.key].files
+
+
+def test_lox_on_stacked_experts_pushes_experts_of_full_models_and_leaves_a_lora_its_linears(tmp_path: Path) -> None:
+    """A LoRA has no factors for one expert; a model that is written whole has them all."""
+    tensors = {"model.layers.0.self_attn.q_proj.weight": (8, 6), "model.layers.0.mlp.experts.gate_up_proj": (3, 6, 8)}
+    for seed, name in enumerate(("unaligned", "aligned")):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {n: torch.randn(shape, generator=generator) for n, shape in tensors.items()}
+        write_model(tmp_path / name, {"model_type": "qwen3_moe"}, drawn)
+    factors = {
+        f"model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.ones(shape)
+        for x, shape in (("A", (1, 6)), ("B", (8, 1)))
+    }
+    write_adapter(tmp_path / "lora", {}, factors)
+    magnitude = {"model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(8)}
+    write_adapter(tmp_path / "dora", {"use_dora": True}, factors | magnitude)
+    document = manifest_document(tmp_path, tmp_path / "work")
+    changes: dict[str, Any] = {
+        "base": {name: str(tmp_path / name) for name in ("unaligned", "aligned")},
+        "models": [{"name": name, "source": str(tmp_path / name)} for name in ("lora", "dora")],
+        "variants": [{"name": "lox", "realign": {"method": "lox"}, "fuse": None}],
+        "evaluation": document["evaluation"] | {"folders": document["evaluation"]["folders"]},
+    }
+    make_suites(tmp_path / "suites")
+    plan = tensor_plan(tmp_path, tmp_path / "work", **changes)
+    result = walk(plan)
+    assert not result.failures
+    step, _, rows = realigned(plan, result, "lora.lox")
+    assert step.is_adapter and [row["module"] for row in rows] == ["model.layers.0.self_attn.q_proj"]
+    _, _, rows = realigned(plan, result, "dora.lox")
+    assert len(rows) == 4 and all(row["edit"] for row in rows)

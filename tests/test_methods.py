@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.factors import Factors
 from fleet.algebra.random_edits import named_generator
+from fleet.algebra.sparsify import dropped, trimmed
 from fleet.algebra.spectral import Triplets, truncated
 from fleet.methods import (
     AnyRealignMethod,
@@ -198,6 +199,11 @@ def test_gate_reason_names_statistic_value_and_threshold(method: SafeMerge | Saf
     assert kept == Decision(module="b", edit=False, reason=f"lift 2.0000 {other} {method.tau:g}")
 
 
+@pytest.mark.parametrize("method", [SafeMerge(method="safemerge"), SafeLora(method="safe_lora")])
+def test_gate_value_of_zero_is_defined(method: SafeMerge | SafeLora) -> None:
+    assert method.decide([statistics(lift=0.0)])[0].edit
+
+
 def test_gate_explicit_threshold_zero_is_no_default() -> None:
     method = SafeMerge(method="safemerge", statistic="rho", threshold=0.0)
     assert method.tau == 0.0
@@ -285,6 +291,16 @@ def test_safe_lora_warns_where_its_projection_is_a_deletion(
     assert reason.endswith(f"gain {gain:.2g}: the projection is a deletion") if warned else "deletion" not in reason
 
 
+def test_safe_lora_warning_counts_the_deletions_among_the_edited() -> None:
+    modules = [statistics(name, gain=gain) for name, gain in {"a": 0.01, "b": 0.2, "c": 0.02, "d": 0.03}.items()]
+    warning = SafeLora(method="safe_lora").warning(modules, {"a", "b", "c"})
+    assert (warning or "").startswith("in 2 of 3 edited modules the projection keeps less than 5% of ΔW")
+    assert SafeLora(method="safe_lora").warning(modules, {"b"}) is None
+    assert SafeLora(method="safe_lora", operator="delete").warning(modules, {"a"}) is None
+    for name in METHODS.keys() - {"safe_lora"}:
+        assert METHODS[name].warning(modules, {"a", "b", "c", "d"}) is None
+
+
 def test_splora_removes_the_highest_distances() -> None:
     modules = [
         statistics("far", rho=0.1, shape=(10, 10)),
@@ -368,9 +384,13 @@ def test_safemerge_exact_equals_dense(full: bool) -> None:
 
 
 @pytest.mark.parametrize("merge", ["exact", "peft_factor", "dare", "ties"])
-def test_safemerge_without_safety_in_the_module_averages_with_zero(merge: Any) -> None:
+def test_safemerge_without_safety_in_the_module_merges_with_zero(merge: Any) -> None:
+    """TIES elects among what is not zero, so it keeps the trimmed ΔW whole; the others average."""
     module = make_module(safety=None)
-    assert_same(SafeMerge(method="safemerge", merge=merge).edit(module), 0.8 * dense(module))
+    expected = {"exact": 0.8 * dense(module), "peft_factor": 0.8 * dense(module)}
+    expected["dare"] = 0.8 * dropped(module.delta, 0.5, module.generator(0)).value
+    expected["ties"] = trimmed(module.delta, 0.5).value
+    assert_same(SafeMerge(method="safemerge", merge=merge).edit(module), expected[merge])
 
 
 def test_safemerge_peft_factor_has_the_cross_terms() -> None:

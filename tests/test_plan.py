@@ -90,6 +90,22 @@ def test_plan_another_parameter_of_a_method_leaves_the_first_ones_steps_alone(ca
     assert {s.key for s in one.steps} < {s.key for s in two.steps}
 
 
+def test_plan_another_variants_wishes_for_the_survey_leave_what_is_made_alone(catalogue: Path, tmp_path: Path) -> None:
+    """ρ and more directions are measured anew; no weight that didn't ask for them is."""
+    variants = [
+        {"name": "w", "realign": {"method": "wise_ft"}, "fuse": {"method": "weight_average"}},
+        {"name": "s", "realign": {"method": "safemerge"}, "fuse": None},
+    ]
+    more = [
+        *variants,
+        {"name": "p", "realign": {"method": "safe_lora"}, "fuse": None},
+        {"name": "l", "realign": {"method": "lox", "extrapolated_directions": 9}, "fuse": None},
+    ]
+    few, many = (plan_of(catalogue, tmp_path, variants=v, survey={"directions": 2}) for v in (variants, more))
+    assert not {s.key for s in few.steps if s.kind in ("survey", "displacement")} & {s.key for s in many.steps}
+    assert {s.key for s in few.steps if s.kind in ("realign", "fuse", "score")} < {s.key for s in many.steps}
+
+
 def test_plan_variant_named_like_another_variants_method_keeps_names_apart(catalogue: Path, tmp_path: Path) -> None:
     variants = [*safemerges(wise_ft=0.8, t=0.5), {"name": "w", "realign": {"method": "wise_ft"}, "fuse": None}]
     names = candidates(plan_of(catalogue, tmp_path, variants=variants), "realigned")
@@ -100,13 +116,8 @@ def test_plan_surveys_only_what_some_variant_asks_for(catalogue: Path, tmp_path:
     def asked(*methods: dict[str, Any], directions: int = 2) -> tuple[bool, int, bool]:
         variants = [{"name": f"v{i}", "realign": m, "fuse": None} for i, m in enumerate(methods)]
         plan = plan_of(catalogue, tmp_path, variants=variants, survey={"directions": directions})
-        (displacement,) = (s for s in plan.steps if s.kind == "displacement")
-        surveys = [s for s in plan.steps if s.kind == "survey"]
-        return (
-            bool(displacement.spec["rho"]),
-            int(str(displacement.spec["directions"])),
-            bool(surveys[0].spec["projection"]),
-        )
+        displacement, survey = (next(s.spec for s in plan.steps if s.kind == k) for k in ("displacement", "survey"))
+        return bool(survey["rho"]), int(str(displacement["directions"])), bool(survey["projection"])
 
     assert asked({"method": "safemerge"}) == (False, 2, False)
     assert asked({"method": "safemerge", "statistic": "rho"}) == (True, 2, False)
@@ -125,7 +136,8 @@ def test_plan_control_comes_after_the_method_it_matches(catalogue: Path, tmp_pat
     assert len(realigns) == 6, "each model also by the method itself, whose edit norms the control takes"
     for step in realigns:
         if "uniform_scaling" in step.name:
-            assert [d.kind for d in step.deps] == ["survey", "realign"]
+            assert [d.kind for d in step.deps] == ["realign"]
+            assert [d.kind for d in step.after] == ["survey", "displacement"]
 
 
 def test_plan_adapter_that_no_engine_serves_is_folded_into_its_base(catalogue: Path, tmp_path: Path) -> None:
@@ -154,7 +166,7 @@ def factor_average(model: str) -> dict[str, Any]:
         (lambda d, r: d["models"][0].update(suites=["nosuchsuite_xyz"]), SuiteError, "nosuchsuite_xyz"),
         (lambda d, r: d["models"][0].update(suites=["harm"]), ManifestError, "suite harm is a suite of harmfulness"),
         (lambda d, r: d["variants"][0]["fuse"].update(output="adapter"), ManifestError, "full is no adapter"),
-        (lambda d, r: d.update(variants=[factor_average("full")]), ManifestError, "full has none"),
+        (lambda d, r: d.update(variants=[factor_average("full")]), ManifestError, "full is no LoRA"),
         (
             lambda d, r: d.update(variants=[factor_average("lora")]),
             ManifestError,

@@ -37,8 +37,6 @@ def turned(delta: Delta, generator: torch.Generator) -> Delta:
     never built: with B = Q_B R_B, Q B has the law of F R_B for a random frame F.
     """
     if isinstance(delta, LowRank):
-        if delta.rank >= delta.b.shape[0]:
-            return LowRank(random_frame(delta.b.shape[0], delta.b.shape[0], generator) @ delta.b, delta.a)
         r = torch.linalg.qr(delta.b).R
         return LowRank(random_frame(delta.b.shape[0], delta.rank, generator) @ r, delta.a)
     frame = random_frame(delta.shape[0], delta.shape[0], generator)

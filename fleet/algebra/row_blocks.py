@@ -12,7 +12,10 @@ Blocks = Callable[[], Iterator[torch.Tensor]]
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """A (rows, columns) matrix; `blocks` starts over at each call and yields its rows from first to last."""
+    """A (rows, columns) matrix.
+
+    `blocks` starts over at each call and yields the rows from first to last; a block may be gone when the next comes.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -41,5 +44,12 @@ class RowBlocks:
 
     def dense(self) -> torch.Tensor:
         """The whole matrix; the block itself if it is one."""
-        blocks = list(self.blocks())
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        whole, rows = torch.empty(0), 0
+        for block in self.blocks():
+            if block.shape == torch.Size(self.shape):
+                return block
+            if rows == 0:
+                whole = torch.empty(self.shape, dtype=self.dtype)
+            whole[rows : rows + block.shape[0]] = block
+            rows += block.shape[0]
+        return whole

@@ -45,7 +45,7 @@ def ties(deltas_M: Sequence[Delta], weights_M: Sequence[float], density: float) 
     sign = torch.sign(sum((w * v for w, v in zip(weights_M, values_M, strict=True)), torch.zeros_like(values_M[0])))
     total, weight = torch.zeros_like(sign), torch.zeros_like(sign)
     for w, value in zip(weights_M, values_M, strict=True):
-        agrees = (torch.sign(value) == sign) & (sign != 0)
+        agrees = torch.sign(value) == sign
         total += torch.where(agrees, w * value, torch.zeros_like(value))
         weight += torch.where(agrees, torch.full_like(value, w), torch.zeros_like(value))
     return Dense(torch.where(weight > 0, total / weight.clamp_min(torch.finfo(weight.dtype).tiny), total))

@@ -13,8 +13,9 @@ eigenvalues of its own G_A, which is exactly a random B in its place, and costs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Displacement:
     norm: float
     """‖V‖, Frobenius."""
     probes: torch.Tensor | None
-    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of each probe; None where ρ was not asked for."""
+    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of each probe; None where V vanishes or ρ is not asked for."""
     basis: Triplets | None
     """V's leading singular triplets; None where no directions were asked for."""
 
@@ -62,43 +63,64 @@ class DeltaStatistics(NamedTuple):
     energies: tuple[float, ...] | None
 
 
-def delta_statistics(v: RowBlocks, displacement: Displacement, deltas: Mapping[str, Delta]) -> dict[str, Measured]:
+def delta_statistics(
+    v: RowBlocks, displacement: Displacement, deltas: Mapping[str, Delta], rho: bool
+) -> dict[str, DeltaStatistics]:
     """Statistics of many models' ΔW in one module; V goes through memory twice, however many models there are.
+
+    A product's last digits depend on how many columns it has, so a model's statistics depend in theirs on which others
+    are measured with it.
 
     Args:
         v: V, (d_out, d_in), float32 (or float64 for tests).
-        displacement: V's own part; ρ, gain and the projection are measured if it has probes.
+        displacement: V's own part.
         deltas: model -> ΔW of the same shape and dtype.
+        rho: whether ρ, its null and gain are measured.
     """
+    rho = rho and displacement.probes is not None  # without probes V vanishes, and everything is undefined
     names = [name for name, d in deltas.items() if isinstance(d, LowRank)]
     low_rank = [d for d in deltas.values() if isinstance(d, LowRank)]
-    found: dict[str, Measured] = {}
+    found: dict[str, DeltaStatistics] = {}
     if low_rank:
         b = torch.cat([d.b for d in low_rank], dim=1)
-        m, n = _products(v, b, displacement.probes is not None)
+        m, n = _products(v, b, rho)
         ranks = [d.rank for d in low_rank]
         ns = [None] * len(names) if n is None else n.split(ranks, dim=1)
         for name, delta, m_i, n_i in zip(names, low_rank, m.split(ranks, dim=1), ns, strict=True):
             found[name] = _low_rank(v.shape, displacement, delta, m_i, n_i)
     for name, delta in deltas.items():
         if isinstance(delta, Dense):
-            found[name] = _dense(v, displacement, delta)
+            found[name] = _dense(v, displacement, delta, rho)
     return found
 
 
-class Measured(NamedTuple):
-    """Statistics of one ΔW, and the factor B of VVᵀΔW/‖V‖ (d_out, r) if ΔW is low-rank and ρ was asked for."""
+def projected_factor(v: RowBlocks, norm: float, delta: LowRank) -> torch.Tensor:
+    """The B factor of CΔW, C = VVᵀ/‖V‖: CBA = (CB)A, so ΔW's own A goes with it. (d_out, r).
 
-    statistics: DeltaStatistics
-    projected_b: torch.Tensor | None
+    Weights come of this, so it is a product of its own: the same bytes whichever models are measured beside it.
+    """
+    return v.times(v.transposed_times(delta.b)) / norm
 
 
-def probe_triples(v: RowBlocks, generator: torch.Generator) -> torch.Tensor:
-    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of standard normal ω. 4·d_out·d_in·`NUM_PROBES` flops."""
+def probe_triples(v: RowBlocks, norm: float, generator: torch.Generator) -> torch.Tensor:
+    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of standard normal ω. 4·d_out·d_in·`NUM_PROBES` flops.
+
+    Every adapter's null shares these probes, so an error of their mean would shift all z-scores alike. The means of the
+    first two are known, d_out and ‖V‖²: the columns are scaled to them, and the third to its regression on both
+    (control variates).
+
+    Args:
+        norm: ‖V‖, above 0.
+    """
     omega = torch.randn(v.shape[0], NUM_PROBES, generator=generator, dtype=v.dtype)
     m, n = _products(v, omega, True)
     assert n is not None
-    return torch.stack([x.double().square().sum(dim=0) for x in (omega, m, n)], dim=1)
+    triples = torch.stack([x.double().square().sum(dim=0) for x in (omega, m, n)], dim=1)
+    mean = triples.mean(dim=0)
+    known = torch.tensor([v.shape[0], norm**2], dtype=torch.float64)
+    offset, spread = known / mean[:2] - 1.0, triples / mean - 1.0
+    slopes = torch.linalg.lstsq(spread[:, :2], spread[:, 2:]).solution[:, 0]
+    return triples * (1.0 + torch.cat((offset, (offset @ slopes).reshape(1))))
 
 
 def rho_null(probes: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
@@ -135,36 +157,45 @@ class _Inner(NamedTuple):
 
 def _low_rank(
     shape: tuple[int, int], displacement: Displacement, delta: LowRank, m: torch.Tensor, n: torch.Tensor | None
-) -> Measured:
-    a, b, m64 = delta.a.double(), delta.b.double(), m.double()
+) -> DeltaStatistics:
+    # Factors as rows, (r, ·): `RowBlocks` makes M so, and along contiguous rows everything below is fastest.
+    a, b, m_rows = delta.a.double(), delta.b.double(), m.T.double()
     gram_a = a @ a.T
 
-    def inner(x: torch.Tensor) -> float:
-        return float((x.T @ x * gram_a).sum())
+    def inner(gram_x: torch.Tensor) -> float:
+        return float((gram_x * gram_a).sum())
 
-    found = _Inner(inner(b), inner(m64), None if n is None else inner(n.double()), float((m64 * a.T).sum()))
-    weights = torch.linalg.eigvalsh(gram_a).clamp_min(0.0)
-    statistics = _statistics(shape, displacement, found, weights, delta)
-    if n is None or statistics.rho is None:
-        return Measured(statistics, None)
-    return Measured(statistics, n / displacement.norm)
+    nn = None
+    if n is not None:
+        n64 = n.double()
+        nn = inner(n64.T @ n64)
+    vd = float(torch.dot(m_rows.reshape(-1), a.reshape(-1)))
+    found = _Inner(inner(b.T @ b), inner(m_rows @ m_rows.T), nn, vd)
+
+    def energies(left: torch.Tensor) -> torch.Tensor:
+        rows = (left.T @ delta.b).double()
+        return ((rows @ gram_a) * rows).sum(dim=1)
+
+    def weights() -> torch.Tensor:
+        return torch.linalg.eigvalsh(gram_a).clamp_min(0.0)
+
+    return _statistics(shape, displacement, found, weights, energies)
 
 
-def _dense(v: RowBlocks, displacement: Displacement, delta: Dense) -> Measured:
+def _dense(v: RowBlocks, displacement: Displacement, delta: Dense, rho: bool) -> DeltaStatistics:
     dd = mm = vd = 0.0
-    both = displacement.probes is not None
-    nn = 0.0 if both else None
+    nn = 0.0 if rho else None
     for start in range(0, v.shape[1], DENSE_COLUMNS):
         block = delta.value[:, start : start + DENSE_COLUMNS]
-        m, n = _products(v, block, both)
+        m, n = _products(v, block, rho)
         dd += float(block.double().square().sum())
         mm += float(m.double().square().sum())
         vd += float(m[start : start + block.shape[1]].double().diagonal().sum())  # (Vᵀ ΔW)_jj, this block's columns
         if n is not None and nn is not None:
             nn += float(n.double().square().sum())
-    return Measured(
-        _statistics(v.shape, displacement, _Inner(dd, mm, nn, vd), _equal_weights(delta.value), delta), None
-    )
+    found = _Inner(dd, mm, nn, vd)
+    weights = partial(_equal_weights, delta.value)
+    return _statistics(v.shape, displacement, found, weights, delta.energies)
 
 
 def _equal_weights(value: torch.Tensor) -> torch.Tensor:
@@ -181,8 +212,18 @@ def _equal_weights(value: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(
-    shape: tuple[int, int], displacement: Displacement, inner: _Inner, weights: torch.Tensor, delta: Delta
+    shape: tuple[int, int],
+    displacement: Displacement,
+    inner: _Inner,
+    weights: Callable[[], torch.Tensor],
+    energies_in: Callable[[torch.Tensor], torch.Tensor],
 ) -> DeltaStatistics:
+    """From the inner products.
+
+    Args:
+        weights: gives the eigenvalues for `rho_null`, which only ρ needs.
+        energies_in: `Delta.energies`.
+    """
     safety_norm, delta_norm = displacement.norm, max(inner.dd, 0.0) ** 0.5
     if delta_norm < UNDEFINED_NORM or safety_norm < UNDEFINED_NORM:
         return DeltaStatistics(delta_norm, safety_norm, None, None, None, None, None, None, None)
@@ -193,12 +234,7 @@ def _statistics(
         gain = (inner.nn / inner.dd) ** 0.5 / safety_norm
         # VVᵀΔW = 0 means that ΔW is orthogonal to all of V: an angle of 90 degrees, not an undefined one.
         rho = min(inner.mm / (inner.nn * inner.dd) ** 0.5, 1.0) if inner.nn > 0.0 else 0.0
-        null, null_sd = rho_null(displacement.probes, weights)
+        null, null_sd = rho_null(displacement.probes, weights())
     if displacement.basis is not None:
-        energies = tuple((delta.energies(displacement.basis.left) / inner.dd).tolist())
+        energies = tuple((energies_in(displacement.basis.left) / inner.dd).tolist())
     return DeltaStatistics(delta_norm, safety_norm, rho, null, null_sd, lift, gain, cosine, energies)
-
-
-def leading_energy(energies: Sequence[float], k: int) -> float:
-    """κ_k = Σ_{i≤k} e_i: the share of ‖ΔW‖² in V's k leading output directions; k/d_out where ΔW is indifferent."""
-    return sum(energies[:k])

@@ -6,7 +6,7 @@ task vector smaller. Each edits one model to exactly the edit norm the method ha
 
 - `uniform_scaling`: every module scaled by one factor; the whole edit has the method's norm.
 - `random_modules`: as many modules as the method edited, drawn at random; each is edited as the method would edit it,
-  and takes over the edit norm of one it edited.
+  and takes over the edit norm of one it edited, which may be large for its own ΔW.
 - `random_subspace`: the method's own edit of each module, its column space turned to a random one: same norm, same
   spectrum, same input directions.
 - `noise`: in each module the method edited, a Gaussian of the model's own rank with the method's edit norm.
@@ -18,7 +18,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
 from fleet.methods.csulora import CsuLora
@@ -50,6 +50,12 @@ class Control(RealignMethod):
     seed: int = 0
     """Of what it draws."""
 
+    @model_validator(mode="after")
+    def _keeps_its_norm(self) -> Control:
+        if self.max_rank is not None:
+            raise ValueError("max_rank would change the norm a control has to match; set it in `of`")
+        return self
+
     @property
     def needs(self) -> frozenset[Need]:
         return self.of.needs
@@ -73,7 +79,7 @@ class Control(RealignMethod):
             modules: the model's modules.
             edit_norms: module -> ‖ΔW_after − ΔW_before‖ under `of`, of those it edited.
         """
-        return dict(edit_norms)
+        return {name: norm for name, norm in edit_norms.items() if norm}
 
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
         raise AssertionError("a control's modules follow from its targets")
@@ -96,7 +102,7 @@ class UniformScaling(Control):
     def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
         whole = sum(m.delta_norm**2 for m in modules) ** 0.5
         share = sum(norm**2 for norm in edit_norms.values()) ** 0.5 / whole if whole else 0.0
-        return {m.module: share * m.delta_norm for m in modules if m.delta_norm}
+        return {m.module: share * m.delta_norm for m in modules if share * m.delta_norm}
 
     def edit(self, module: Module) -> Delta:
         return module.delta.scaled(1.0 - module.target_norm / module.delta.norm())
@@ -111,8 +117,9 @@ class RandomModules(Control):
         edited = {name: norm for name, norm in edit_norms.items() if norm}
 
         def drawable(m: ModuleStatistics) -> bool:
-            # Where V vanishes only a method that does without V makes an edit, as it did in such a module itself.
-            return self.edits_untouched or (m.delta_norm > 0.0 and (m.lift is not None or m.module in edited))
+            # Only where the method has an edit to make: where V vanishes, or where there is nothing to add, it made
+            # one itself or has none. A method that edits untouched modules edits every module it can.
+            return m.module in edited or (not self.edits_untouched and m.delta_norm > 0.0 and m.lift is not None)
 
         names = sorted(m.module for m in modules if drawable(m))
         draw = random.Random(self.seed)

@@ -64,11 +64,11 @@ class SafeMerge(Gated):
 
         weights = (self.alpha, 1.0 - self.alpha)
         safety = module.safety
-        if safety is None:
-            return module.delta.scaled(self.alpha)
-        if self.merge == "peft_factor":
+        if self.merge == "peft_factor" and safety is not None:
             return factor_average(module.factors, weights)
-        pair = (module.delta, safety)
+        if safety is None and self.merge in ("exact", "peft_factor"):
+            return module.delta.scaled(self.alpha)
+        pair = (module.delta, module.delta.scaled(0.0) if safety is None else safety)
         if self.merge == "ties":
             return ties(pair, weights, self.density)
         if self.merge == "dare":
