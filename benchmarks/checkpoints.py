@@ -1,0 +1,157 @@
+"""Checkpoints of Llama-2-7B's shapes with random weights, and LoRA adapters on them: for measuring, not for talking.
+
+One block of Gaussian numbers serves every tensor, each from an offset of its own, so that writing is as fast as the
+disk. The aligned model is the base plus noise of `DISPLACEMENT` times its norm, so V has full rank in every module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fleet.checkpoint.models import PEFT_PREFIX
+from fleet.checkpoint.tensors import TensorLayout, write_tensors
+from fleet.store.local import LocalStore
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
+LAYERS = 32
+
+LINEARS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+"""Module within a layer -> (d_out, d_in)."""
+
+RANK = 16
+WEIGHT_SCALE = 0.02
+DISPLACEMENT = 0.05
+"""‖V‖/‖W‖."""
+
+_BLOCK = 1 << 26
+"""Numbers drawn; more than the largest module has, so that none repeats within itself."""
+
+_STEP = 7_919_003
+"""Offset from one tensor to the next within the block: a prime."""
+
+_SHARD_LAYERS = 8
+"""About 3 GB in bf16."""
+
+
+class Values:
+    """Slices of blocks of random numbers, bf16."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        base = torch.randn(_BLOCK, generator=generator).mul_(WEIGHT_SCALE)
+        moved = torch.randn(_BLOCK, generator=generator).mul_(DISPLACEMENT * WEIGHT_SCALE).add_(base)
+        self.blocks = {"base": base.bfloat16(), "aligned": moved.bfloat16()}
+
+    def of(self, block: str, index: int, shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
+        """The tensor with this index, of a file of its own choice of block."""
+        count, start = torch.Size(shape).numel(), index * _STEP % _BLOCK
+        values = self.blocks[block]
+        parts: list[torch.Tensor] = []
+        while count > 0:
+            parts.append(values[start : start + count])
+            count -= parts[-1].numel()
+            start = 0
+        whole = torch.cat(parts).reshape(shape)
+        return whole if scale == 1.0 else whole.mul_(scale)
+
+
+def model_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Llama-2-7B with this many layers, in the file's order."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.{module}.weight": shape for module, shape in LINEARS.items()}
+        shapes |= {f"{prefix}.{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def write_model(folder: Path, block: str, values: Values, layers: int) -> None:
+    """A full model: shards, their index and config.json, which is written last and says that the rest is there."""
+    store = LocalStore(folder)
+    shapes = model_shapes(layers)
+    count = -(-layers // _SHARD_LAYERS)
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        shard = int(name.split(".")[2]) // _SHARD_LAYERS if ".layers." in name else 0 if "embed" in name else count - 1
+        files.setdefault(f"model-{shard + 1:05d}-of-{count:05d}.safetensors", []).append(name)
+    index = {name: i for i, name in enumerate(shapes)}
+
+    def tensors(names: list[str]) -> Iterator[torch.Tensor]:
+        for name in names:
+            yield torch.ones(HIDDEN) if len(shapes[name]) == 1 else values.of(block, index[name], shapes[name])
+
+    for file, names in files.items():
+        write_tensors(store, file, [TensorLayout(name, "BF16", shapes[name]) for name in names], tensors(names))
+    weight_map = {name: file for file, names in files.items() for name in names}
+    store.replace("model.safetensors.index.json", _json({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    store.replace("config.json", _json(config))
+
+
+def write_adapter(folder: Path, number: int, values: Values, layers: int) -> None:
+    """A PEFT adapter of rank `RANK` on every linear module, bf16; adapter_config.json is written last."""
+    store = LocalStore(folder)
+    layout: list[TensorLayout] = []
+    for layer in range(layers):
+        for module, (d_out, d_in) in LINEARS.items():
+            name = f"{PEFT_PREFIX}model.layers.{layer}.{module}"
+            layout.append(TensorLayout(f"{name}.lora_A.weight", "BF16", (RANK, d_in)))
+            layout.append(TensorLayout(f"{name}.lora_B.weight", "BF16", (d_out, RANK)))
+    first = (number + 1) * len(layout)
+    # B is trained up from zero, so it is smaller than A.
+    tensors = (
+        values.of("base", first + i, entry.shape, 0.1 if "lora_B" in entry.name else 1.0)
+        for i, entry in enumerate(layout)
+    )
+    write_tensors(store, "adapter_model.safetensors", layout, tensors)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "aligned",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": sorted({module.rpartition(".")[2] for module in LINEARS}),
+        "bias": "none",
+    }
+    store.replace("adapter_config.json", _json(config))
+
+
+def generate(folder: Path, layers: int, adapters: int) -> None:
+    """`base`, `aligned` and `adapter-00`… in a folder, but for those that are there already, of as many layers."""
+    values: Values | None = None
+    for name in ("base", "aligned", *(f"adapter-{i:02d}" for i in range(adapters))):
+        is_adapter = name.startswith("adapter")
+        if (folder / name / ("adapter_config.json" if is_adapter else "config.json")).exists():
+            continue
+        values = values or Values()
+        if is_adapter:
+            write_adapter(folder / name, int(name.partition("-")[2]), values, layers)
+        else:
+            write_model(folder / name, name, values, layers)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
