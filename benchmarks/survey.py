@@ -10,8 +10,9 @@ is a worker per core, with one thread for its products, and the units of a night
 left out. A peak is that of one worker. Cases take turns, so that whatever else the machine does meets them alike.
 
 The floor of a case is the sum of two times: reading both base models once, and its products at the rate of float32
-products on this machine. It is the sum, because reading keeps the cores as busy as products do: the kernel copies every
-byte. The larger of the two, as if they overlapped for nothing, is reported beside it. Reading adapters, subtracting and
+products on this machine. It is the sum, because reading needs the cores too: the kernel copies every byte, and the CPU
+seconds of `read` say how long that takes. The larger of the two, as if they overlapped for nothing, is the stricter
+floor, and is reported beside it. Reading adapters, subtracting and
 everything else is what the ratio is above 1.
 """
 
@@ -414,10 +415,9 @@ def main() -> None:
         result = benchmark.result()
         console.print(
             f"As published, ρ of one adapter: {benchmark.published_seconds():.0f} s for the model, scaled up from "
-            f"{benchmark.seconds('published'):.1f} s for one layer; both from the page cache, one layer is "
-            f"{benchmark.cached_speedup():.0f} times as fast. 's' is the median; x sum: over read + "
-            f"products, the floor; x max: over the larger of them; products at {max(benchmark.rates) / GB:.0f} Gflop/s, "
-            "the best seen."
+            f"{benchmark.seconds('published'):.1f} s for one layer; with that layer in the page cache, the survey is "
+            f"{benchmark.cached_speedup():.0f} times as fast. 's' is the median; x sum: over read + products, the floor; "
+            f"x max: over the larger; products at {max(benchmark.rates) / GB:.0f} Gflop/s, the best seen."
         )
         print(json.dumps(result))
     finally:
