@@ -415,8 +415,8 @@ def main() -> None:
         result = benchmark.result()
         console.print(
             f"As published, ρ of one adapter: {benchmark.published_seconds():.0f} s for the model, scaled up from "
-            f"{benchmark.seconds('published'):.1f} s for one layer; with that layer in the page cache, the survey is "
-            f"{benchmark.cached_speedup():.0f} times as fast. 's' is the median; x sum: over read + products, the floor; "
+            f"{benchmark.seconds('published'):.1f} s for one layer; both from the page cache, one layer is "
+            f"{benchmark.cached_speedup():.0f} times as fast. 's' is the median; x sum: over read + products, "
             f"x max: over the larger; products at {max(benchmark.rates) / GB:.0f} Gflop/s, the best seen."
         )
         print(json.dumps(result))
