@@ -307,7 +307,7 @@ class Coordinator:
         output = Output(self._plan.store.uri, attempt_prefix(step, attempt))
         match step:
             case RealignStep():
-                decisions, targets = self._decisions(step)
+                decisions, targets = self._decisions(step, self._modules(step))
                 return [
                     RealignUnit(
                         aligned=self._plan.bases.aligned.uri,
@@ -381,9 +381,8 @@ class Coordinator:
         """Where a step that is done has left its files."""
         return self._plan.store.folder(attempt_prefix(step, self._result.records[step.key].attempt)).uri
 
-    def _decisions(self, step: RealignStep) -> tuple[list[Decision], dict[str, float]]:
+    def _decisions(self, step: RealignStep, modules: list[ModuleStatistics]) -> tuple[list[Decision], dict[str, float]]:
         """What the method edits; and for a control, by how much."""
-        modules = self._modules(step)
         if not isinstance(step.method, Control):
             return step.method.decide(modules), {}
         assert step.matched is not None
@@ -514,7 +513,8 @@ class Coordinator:
             edits = _edits(active.finished.values())
             result["edit_norm"] = math.sqrt(sum(edit["edit_norm"] ** 2 for edit in edits.values()))
             del result["edits"]
-            modules, (decisions, _) = self._modules(active.step), self._decisions(active.step)
+            modules = self._modules(active.step)
+            decisions, _ = self._decisions(active.step, modules)
             result["modules"] = [*module_rows(modules, decisions, edits)]
             if warning := active.step.method.warning(modules, edits.keys()):
                 logger.warning("%s: %s", active.step.name, warning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,7 @@ def write_file(output: Output, file: str, tensors: Mapping[str, torch.Tensor]) -
         return UnitRecord()
     dtypes = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     layout = [TensorLayout(name, dtypes[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
-    written = write_tensors(open_store(output.store), f"{output.prefix}/{file}", layout, tensors.values())
-    return UnitRecord(files={file: FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)})
+    return UnitRecord(files={file: _write_tensors(open_store(output.store), output, file, layout, tensors.values())})
 
 
 def write_shard(output: Output, shard: Shard, like: FullModel, weight: Callable[[str], torch.Tensor]) -> UnitRecord:
@@ -55,8 +54,7 @@ def write_shard(output: Output, shard: Shard, like: FullModel, weight: Callable[
     store = open_store(output.store)
     layout = [TensorLayout(n, like.tensors[n].dtype, like.tensors[n].shape) for n in shard.tensors]
     values = (to_stored(like, n, weight(n)) for n in shard.tensors)
-    written = write_tensors(store, f"{output.prefix}/{shard.file}", layout, values)
-    files = {shard.file: FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)}
+    files = {shard.file: _write_tensors(store, output, shard.file, layout, values)}
     if shard.index is not None:
         for name in like.folder.files():
             if is_companion(name, like):
@@ -107,9 +105,8 @@ def write_adapter(
             yield torch.zeros(entry.shape)
 
     store = open_store(output.store)
-    written = write_tensors(store, f"{output.prefix}/{shard.file}", layout, tensors())
+    weights = _write_tensors(store, output, shard.file, layout, tensors())
     config = _write_bytes(store, output, "adapter_config.json", _json_bytes(_adapter_config(written_ranks, sources)))
-    weights = FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)
     return UnitRecord(
         files={shard.file: weights, "adapter_config.json": config}, result={"max_rank": max(written_ranks.values())}
     )
@@ -146,6 +143,13 @@ def _adapter_config(ranks: Mapping[str, int], sources: Sequence[Adapter]) -> dic
         "modules_to_save": None,
         "target_modules": targets,
     }
+
+
+def _write_tensors(
+    store: Store, output: Output, file: str, layout: Sequence[TensorLayout], tensors: Iterable[torch.Tensor]
+) -> FileEntry:
+    written = write_tensors(store, f"{output.prefix}/{file}", layout, tensors)
+    return FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)
 
 
 def _write_bytes(store: Store, output: Output, name: str, data: bytes) -> FileEntry:

@@ -9,7 +9,7 @@ import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -31,7 +31,7 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 MODULES_HTML = "modules.html"
 
-_KINDS = ("harmfulness", "over_refusal", "task")
+Kind: TypeAlias = Literal["harmfulness", "over_refusal", "task"]
 
 
 class _Part(BaseModel):
@@ -42,7 +42,7 @@ class Score(_Part):
     """One candidate on one suite."""
 
     suite: str
-    kind: Literal["harmfulness", "over_refusal", "task"]
+    kind: Kind
     rate: Rate
     samples: str
     """URI of every prompt, completion and verdict behind the rate."""
@@ -69,6 +69,28 @@ class Row(_Part):
     warning: str | None = None
     """What its method should be known for on this model."""
 
+    def mean(self, kind: Kind) -> float | None:
+        """Over its suites of this kind, each counting once; None if none has a rate."""
+        return _mean([score.rate.value for score in self.scores if score.kind == kind])
+
+
+class MeanRate(_Part):
+    """A mean of rates, with the samples behind all of them."""
+
+    value: float | None
+    denominator: int
+    unscored: int
+
+    @staticmethod
+    def of(rows: Sequence[Row], kind: Kind) -> MeanRate:
+        """Over candidates, each counting once."""
+        rates = [score.rate for row in rows for score in row.scores if score.kind == kind]
+        return MeanRate(
+            value=_mean([row.mean(kind) for row in rows]),
+            denominator=sum(rate.denominator for rate in rates),
+            unscored=sum(rate.unscored for rate in rates),
+        )
+
 
 class MethodSummary(_Part):
     """What one way of realigning did to the models of the catalogue: means over models, each counting once."""
@@ -76,9 +98,9 @@ class MethodSummary(_Part):
     name: str
     """`finetuned`, or a realign label."""
     num_models: int
-    harmfulness: float | None
-    over_refusal: float | None
-    task_accuracy: float | None
+    harmfulness: MeanRate
+    over_refusal: MeanRate
+    task_accuracy: MeanRate
     """On each model's own tasks."""
     edit_norm: float | None
 
@@ -132,7 +154,7 @@ def make_report(plan: Plan, result: RunResult) -> RunReport:
         run_id=plan.run_id,
         name=plan.manifest.name,
         rows=rows,
-        methods=tuple(_summaries(rows)),
+        methods=tuple(method_summaries(rows)),
         computed=len(result.computed),
         cached=len(plan.done),
         failures={key: f"{type(f.error).__name__}: {f.error}" for key, f in result.failures.items() if f.cause is None},
@@ -180,7 +202,8 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs) -> Row:
     )
 
 
-def _summaries(rows: Sequence[Row]) -> Iterator[MethodSummary]:
+def method_summaries(rows: Sequence[Row]) -> Iterator[MethodSummary]:
+    """The fine-tuned models, then each way of realigning, in the order of the rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.role == "finetuned":
@@ -188,19 +211,14 @@ def _summaries(rows: Sequence[Row]) -> Iterator[MethodSummary]:
         elif row.role == "realigned":
             groups.setdefault(row.name.split(".", 1)[1], []).append(row)  # model.label; no model's name has a dot
     for name, members in groups.items():
-        means = {kind: _mean([_mean_rate(row, kind) for row in members]) for kind in _KINDS}
         yield MethodSummary(
             name=name,
             num_models=len(members),
-            harmfulness=means["harmfulness"],
-            over_refusal=means["over_refusal"],
-            task_accuracy=means["task"],
+            harmfulness=MeanRate.of(members, "harmfulness"),
+            over_refusal=MeanRate.of(members, "over_refusal"),
+            task_accuracy=MeanRate.of(members, "task"),
             edit_norm=_mean([row.edit_norm for row in members]),
         )
-
-
-def _mean_rate(row: Row, kind: str) -> float | None:
-    return _mean([score.rate.value for score in row.scores if score.kind == kind])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -261,7 +279,7 @@ def report_json(report: RunReport) -> bytes:
 def columns(report: RunReport) -> list[tuple[str, str]]:
     """(kind, suite) of every column, harm first."""
     found = dict.fromkeys((s.kind, s.suite) for row in report.rows for s in row.scores)
-    return sorted(found, key=lambda c: _KINDS.index(c[0]))
+    return sorted(found, key=lambda c: get_args(Kind).index(c[0]))
 
 
 def short_names(report: RunReport) -> dict[str, str]:
@@ -310,9 +328,15 @@ def _methods_table(report: RunReport) -> Table:
 _METHOD_COLUMNS = ("models", "harmful", "over-refusal", "own tasks", "‖edit‖")
 
 
+def _mean_cell(rate: MeanRate) -> str:
+    if rate.value is None:
+        return f"– ({rate.unscored} unscored)" if rate.unscored else ""
+    text = f"{100 * rate.value:.1f} % of {rate.denominator}"
+    return text + (f" ({rate.unscored} unscored)" if rate.unscored else "")
+
+
 def _summary_cells(summary: MethodSummary) -> tuple[str, ...]:
-    rates = (summary.harmfulness, summary.over_refusal, summary.task_accuracy)
-    shown = tuple("" if rate is None else f"{100 * rate:.1f} %" for rate in rates)
+    shown = map(_mean_cell, (summary.harmfulness, summary.over_refusal, summary.task_accuracy))
     return (str(summary.num_models), *shown, "" if summary.edit_norm is None else f"{summary.edit_norm:.3g}")
 
 
@@ -478,12 +502,12 @@ def _chart(report: RunReport) -> str:
                 },
             )
         )
-    means = [m for m in report.methods if m.harmfulness is not None and m.task_accuracy is not None]
+    means = [m for m in report.methods if m.harmfulness.value is not None and m.task_accuracy.value is not None]
     if len(means) > 1:
         figure.add_trace(
             go.Scatter(
-                x=[100 * (m.harmfulness or 0.0) for m in means],
-                y=[100 * (m.task_accuracy or 0.0) for m in means],
+                x=[100 * (m.harmfulness.value or 0.0) for m in means],
+                y=[100 * (m.task_accuracy.value or 0.0) for m in means],
                 text=[m.name for m in means],
                 name="Mean of a method's models",
                 mode="markers+text",
@@ -503,5 +527,4 @@ def _chart(report: RunReport) -> str:
 
 def _harm_and_accuracy(row: Row) -> tuple[Rate | None, float | None]:
     harm = next((s.rate for s in row.scores if s.kind == "harmfulness"), None)
-    tasks = [s.rate.value for s in row.scores if s.kind == "task" and s.rate.value is not None]
-    return harm, sum(tasks) / len(tasks) if tasks else None
+    return harm, row.mean("task")

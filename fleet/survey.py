@@ -163,8 +163,8 @@ def survey(
                 result.statistics[name].append(row)
                 if name in projected and isinstance(delta, LowRank) and row.rho is not None:
                     projected[name][view.module] = projected_factor(v_view, displacement.norm, delta)
-    for name, factors in projected.items():
-        result.projections[name] = write_file(unit.projections[name], unit.file, factors)
+    for name, by_module in projected.items():
+        result.projections[name] = write_file(unit.projections[name], unit.file, by_module)
     return result._replace(displacement=own.write())
 
 
@@ -262,7 +262,7 @@ def _finite_factors(tensor: str, adapters: Mapping[str, Adapter], non_finite: di
         factors = read_factors(adapter, tensor)
         if factors is None:
             continue
-        if all(math.isfinite(_squares(x)) for x in (factors.a, factors.b)):
+        if _is_finite_delta(factors):
             deltas[name] = factors
         else:
             non_finite[name].append(tensor)
@@ -285,16 +285,24 @@ def _finite_deltas(
 ) -> dict[str, Delta]:
     """ΔW of one tensor of models that hold weights whole; what is no module is only checked, block by block."""
     deltas: dict[str, Delta] = {}
-    weight: torch.Tensor | None = None
+    weight = read_weight(aligned, tensor) if is_module and models else torch.empty(0)
     for name, model in models.items():
-        if not all(_is_finite(model.folder, info) for info in _stored_tensors(model, tensor)):
-            non_finite[name].append(tensor)
-        elif is_module:
-            weight = read_weight(aligned, tensor) if weight is None else weight
-            delta = read_delta(model, tensor, weight)
-            assert delta is not None
+        if not is_module:
+            if not all(_is_finite(model.folder, info) for info in _stored_tensors(model, tensor)):
+                non_finite[name].append(tensor)
+            continue
+        delta = read_delta(model, tensor, weight)
+        assert delta is not None
+        if _is_finite_delta(delta):
             deltas[name] = delta
+        else:
+            non_finite[name].append(tensor)
     return deltas
+
+
+def _is_finite_delta(delta: Delta) -> bool:
+    parts = (delta.a, delta.b) if isinstance(delta, LowRank) else (delta.value,)
+    return all(math.isfinite(_squares(part)) for part in parts)
 
 
 def _stored_tensors(model: Model, tensor: str) -> list[TensorInfo]:

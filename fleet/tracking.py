@@ -141,12 +141,10 @@ class Tracker:
             metrics |= score.rate.metrics(f"{score.kind}.{score.suite}")
         if row.edit_norm is not None:
             metrics["edit_norm"] = row.edit_norm
-        tasks = [s.rate.value for s in row.scores if s.kind == "task" and s.rate.value is not None]
-        harm = [s.rate.value for s in row.scores if s.kind == "harmfulness" and s.rate.value is not None]
-        if tasks:
-            metrics["task_accuracy_mean"] = sum(tasks) / len(tasks)
-        if harm:
-            metrics["harmfulness_mean"] = sum(harm) / len(harm)
+        if (accuracy := row.mean("task")) is not None:
+            metrics["task_accuracy_mean"] = accuracy
+        if (harm := row.mean("harmfulness")) is not None:
+            metrics["harmfulness_mean"] = harm
         self._log_metrics(run.info.run_id, metrics)
         evidence = {"reasons": row.reasons, "samples": {s.suite: s.samples for s in row.scores}}
         self._text(run.info.run_id, "evidence.json", json.dumps(evidence, indent=1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeAlias
 
 import torch
 
@@ -83,9 +82,6 @@ class FuseUnit:
     as_adapter: bool
     shard: Shard
     output: Output
-
-
-TensorUnit: TypeAlias = SurveyUnit | RealignUnit | FuseUnit
 
 
 @lru_cache(maxsize=256)

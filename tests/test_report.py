@@ -11,7 +11,7 @@ from fleet.errors import SuiteError
 from fleet.manifest import load_manifest
 from fleet.plan import make_plan
 from fleet.record import Record, attempt_prefix, package_versions
-from fleet.report import make_report
+from fleet.report import Row, Score, make_report, method_summaries
 from fleet.scoring import SAMPLES_FILE
 from tests.catalogue import manifest_document, write_manifest
 
@@ -59,3 +59,29 @@ def test_suite_whose_file_calls_it_otherwise_refused(catalogue: Path, tmp_path: 
     document["evaluation"] |= {"harmfulness": ["other"], "folders": [str(tmp_path), str(catalogue / "suites")]}
     with pytest.raises(SuiteError, match="other: its file calls it harm"):
         make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
+
+
+def row_of(name: str, role: str, scores: dict[str, list[float | None]], edit_norm: float | None = None) -> Row:
+    return Row(
+        name=name, role=role, models=(name.split(".")[0],), parameters={}, weights=None, identity="", gate=None,
+        reasons=(), edit_norm=edit_norm,
+        scores=tuple(Score(suite=k, kind=k, rate=Rate.of(v), samples="") for k, v in scores.items()),
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_method_summaries_are_means_over_models_with_the_counts_behind_them() -> None:
+    """Each model counts once, however many of its samples were scored."""
+    rows = [
+        row_of("a", "finetuned", {"harmfulness": [1.0, 1.0], "task": [1.0]}),
+        row_of("b", "finetuned", {"harmfulness": [0.0, 0.0, 0.0, 1.0]}),
+        row_of("a.wise_ft", "realigned", {"harmfulness": [0.0, None]}, edit_norm=1.0),
+        row_of("b.wise_ft", "realigned", {"harmfulness": [1.0, 0.0]}, edit_norm=3.0),
+        row_of("fused", "fused", {"harmfulness": [1.0]}),
+    ]
+    before, after = method_summaries(rows)
+    assert (before.name, before.num_models, before.edit_norm) == ("finetuned", 2, None)
+    assert (before.harmfulness.value, before.harmfulness.denominator) == (0.625, 6)
+    assert (before.task_accuracy.value, before.task_accuracy.denominator) == (1.0, 1)
+    assert before.over_refusal.value is None
+    assert (after.name, after.harmfulness.value, after.edit_norm) == ("wise_ft", 0.25, 2.0)
+    assert (after.harmfulness.denominator, after.harmfulness.unscored) == (3, 1)
