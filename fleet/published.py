@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from evals.logs import EvalLog
 from evals.suites import Suite
 from fleet.errors import EvalError, SourceError, StoreError
-from fleet.record import attempt_prefix, read_record_at
+from fleet.record import Record, attempt_prefix, read_record_at
 from fleet.store import Store, open_store
 
 
@@ -71,7 +71,9 @@ def _comparable(scores: ScoreKeys | None, suite: Suite, aligned: EvalLog | None)
     if suite.name not in scores.keys:
         return "it was not scored on it"
     try:
-        log = _read(open_store(scores.store), scores.keys[suite.name])
+        store = open_store(scores.store)
+        record = read_record_at(store, scores.keys[suite.name])
+        log = None if record is None else read_log(store, record)
     except (StoreError, SourceError, EvalError, ValidationError) as e:
         return f"its log can't be read ({str(e).splitlines()[0]})"
     if log is None:
@@ -85,10 +87,8 @@ def _comparable(scores: ScoreKeys | None, suite: Suite, aligned: EvalLog | None)
     return log
 
 
-def _read(store: Store, key: str) -> EvalLog | None:
-    record = read_record_at(store, key)
-    if record is None:
-        return None
+def read_log(store: Store, record: Record) -> EvalLog | None:
+    """The whole log of a score step; None if a part of it is gone."""
     prefix = attempt_prefix(record, record.attempt)
     files = [data for name in sorted(record.files) if (data := store.read(f"{prefix}/{name}")) is not None]
     return EvalLog.read(record.result, files) if len(files) == len(record.files) else None

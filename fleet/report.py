@@ -26,7 +26,7 @@ from fleet.attribution import attribution_page
 from fleet.coordinator import RunResult
 from fleet.identity import Json
 from fleet.plan import Plan
-from fleet.published import Published, ScoreKeys, read_published
+from fleet.published import Published, ScoreKeys, read_log, read_published
 from fleet.record import Record, attempt_prefix
 from fleet.steps import Candidate, RealignStep, Role, Source, identity_of
 
@@ -184,10 +184,8 @@ class _Logs:
         record = None if step is None else self.records.get(step.key)
         if step is None or record is None:
             return None
-        prefix = attempt_prefix(step, record.attempt)
-        files = [self.plan.store.read(f"{prefix}/{name}") for name in sorted(record.files)]
-        log = EvalLog.read(record.result, [data for data in files if data is not None])
-        if log.kind == "harmfulness" and self.plan.judging.rows is not None:
+        log = read_log(self.plan.store, record)
+        if log is not None and log.kind == "harmfulness" and self.plan.judging.rows is not None:
             calibration = None if (counts := self.calibration) is None else counts.model_dump()
             return log.model_copy(update={"settings": {**log.settings, "calibration": calibration}})
         return log
