@@ -179,6 +179,10 @@ class Gates(_Part):
     paired_bounds: Literal["exact", "tango"] = "exact"
     """How two models are compared on the same prompts: an exact unconditional test, or Tango's approximation."""
 
+    def cap(self, kind: Literal["harmfulness", "over_refusal"]) -> float:
+        """The largest rate that passes on a suite of this kind."""
+        return self.harmfulness_max if kind == "harmfulness" else self.over_refusal_max
+
 
 class Tracking(_Part):
     """Where MLflow keeps the runs."""

@@ -620,8 +620,7 @@ class StepBuilder:
             }
             if evaluation.early_stop is not None:
                 gates = self.manifest.gates
-                limit = gates.harmfulness_max if suite.kind == "harmfulness" else gates.over_refusal_max
-                spec["early_stop"] = [evaluation.early_stop.block, limit, gates.confidence]
+                spec["early_stop"] = [evaluation.early_stop.block, gates.cap(suite.kind), gates.confidence]
         inputs = {"aligned": self.bases.aligned.identity}
         if isinstance(weights, Source):
             inputs["candidate"] = weights.identity

@@ -51,7 +51,7 @@ class SuiteWalk:
         judge_settings: what the log says of the judge.
         store: where completions and logs go.
         attempt: the step's attempt.
-        finished: unit number -> record, of what is done; grown by `settle`.
+        finished: unit number -> record, of what is done; grown by the caller.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class SuiteWalk:
         self._judge_settings = judge_settings
         self._store = store
         self._gates = manifest.gates
-        harmful = step.suite.kind == "harmfulness"
-        self._limit = self._gates.harmfulness_max if harmful else self._gates.over_refusal_max
+        assert step.suite.kind != "task"
+        self._limit = self._gates.cap(step.suite.kind)
         self._output = Output(store.uri, attempt_prefix(step, attempt))
         self._spec: dict[str, Json] = {
             "aligned": aligned, "candidate": served.identity, "suite": step.suite.digest, "dtype": evaluation.dtype,
