@@ -29,6 +29,9 @@ LORA_MODULES = (
 """The linear layers of Llama-like models. lm_head and embed_tokens stay out: with the first, prompt logprobs
 crash on the CPU and are wrong on a GPU (vLLM #51594, #16668)."""
 
+DEFAULT_MAX_MODEL_LEN = 4096
+"""Longest prompt and completion where neither the manifest nor the model says less, in tokens."""
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM 0.32 takes for max_lora_rank."""
 
@@ -163,6 +166,12 @@ def engine_env(options: EngineOptions, num_threads: int = 1) -> dict[str, str]:
     if options.tensor_parallel_size == 1:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return env
+
+
+def engine_length(config: Mapping[str, Any]) -> int:
+    """Tokens of prompt and completion where the user says nothing: the model's own limit, at most the default's."""
+    limit = config.get("max_position_embeddings")
+    return min(limit, DEFAULT_MAX_MODEL_LEN) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN
 
 
 def engine_rank(rank: int) -> int:

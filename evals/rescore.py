@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from evals.engine import Candidate, EngineOptions
+from evals.engine import Candidate, EngineOptions, engine_length
 from evals.judges import Judge, ModelJudge, make_judge
 from evals.judging import ask_model, judged_sample
 from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
@@ -105,8 +106,9 @@ def _verdicts(judge: Judge | ModelJudge, exchanges: Sequence[Exchange], suite: S
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = open_folder(judge.model).local(Path(scratch))
-        replica = Replica(folder, EngineOptions(max_lora_rank=0))
-        with replica.serving(Candidate("judge", judge.model)) as session:
+        config = json.loads((folder / "config.json").read_bytes())
+        replica = Replica(folder, EngineOptions(max_model_len=engine_length(config), max_lora_rank=0))
+        with closing(replica), replica.serving(Candidate("judge", judge.model)) as session:
             return ask_model(session, judge, exchanges, suite)
 
 

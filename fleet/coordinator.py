@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from evals.engine import LORA_MODULES, EngineOptions, engine_env
+from evals.engine import LORA_MODULES, EngineOptions, engine_env, engine_length
 from evals.suites import Suite
 from fleet.attribution import module_rows
 from fleet.checkpoint.headers import plan_shards, shard_name
@@ -87,9 +87,6 @@ SURVEY_GROUP_BYTES = 256 << 20
 
 MAX_NUM_SEQS = 256
 """Sequences an engine decodes at once: a step costs a small model the same for one as for dozens."""
-
-DEFAULT_MAX_MODEL_LEN = 4096
-"""Longest prompt and completion where neither the manifest nor the model says less, in tokens."""
 
 WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -236,11 +233,9 @@ def _warn_if_too_small(placement: Placement) -> None:
 def engine_options(plan: Plan) -> EngineOptions:
     """How the replicas' engines are built; the same for every candidate, so one engine serves all."""
     evaluation, placement = plan.manifest.evaluation, plan.manifest.placement
-    limit = plan.bases.aligned_model.config.get("max_position_embeddings")
-    own = int(limit) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN
     targets = {module.rsplit(".", 1)[-1] for module in plan.lora_modules}
     return EngineOptions(
-        max_model_len=evaluation.max_model_len or min(own, DEFAULT_MAX_MODEL_LEN),
+        max_model_len=evaluation.max_model_len or engine_length(plan.bases.aligned_model.config),
         max_num_seqs=MAX_NUM_SEQS,
         dtype=evaluation.dtype,
         max_lora_rank=plan.max_lora_rank,
@@ -266,9 +261,8 @@ def _tensor_pool(placement: Placement) -> Pool:
 def judge_options(plan: Plan, model: FullModel) -> EngineOptions:
     """How the engines of a judge model are built."""
     evaluation, placement = plan.manifest.evaluation, plan.manifest.placement
-    limit = model.config.get("max_position_embeddings")
     return EngineOptions(
-        max_model_len=min(int(limit) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN),
+        max_model_len=engine_length(model.config),
         max_num_seqs=MAX_NUM_SEQS,
         dtype=evaluation.dtype,
         max_lora_rank=0,
