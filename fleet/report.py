@@ -502,6 +502,7 @@ def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str])
         caption=escape("[low–high]: 95 % Clopper–Pearson interval of harmful / scored") + _corrected_caption(report),
     )
     table.add_column("candidate", no_wrap=True)
+    table.add_column("gate")
     for _, suite in apart:
         table.add_column(names[suite], justify="right")
     if together:
@@ -510,7 +511,6 @@ def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str])
     if edits:
         table.add_column("edited", justify="right", no_wrap=True)
         table.add_column("‖edit‖", justify="right")
-    table.add_column("gate")
     last = None
     for row in report.rows:
         if last is not None and row.role != last:
@@ -523,7 +523,7 @@ def _table(report: RunReport, apart: list[tuple[str, str]], together: list[str])
                 "\n".join(escape(f"{names[s]} {cell(scores[s].rate, False)}") for s in together if s in scores)
             )
         cells += [row.edited or "", _norm(row)] if edits else []
-        table.add_row(row.name, *cells, row.gate or "")
+        table.add_row(row.name, row.gate or "", *cells)
     return table
 
 
@@ -548,7 +548,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 100re
 main { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13px; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #dde3ea; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 td.pass { color: #146c2e; } td.fail { color: #a4262c; } tr.group td { background: #f3f6f9; font-weight: 600; }
 small { color: #5c6b7a; } details { margin: .3rem 0; } code { font-size: .9em; overflow-wrap: anywhere; }
 """
@@ -609,11 +609,11 @@ def _html_table(report: RunReport) -> str:
         scores = {s.suite: s for s in row.scores}
         cells = "".join(_html_cell(scores.get(suite)) for _, suite in columns(report))
         lines.append(
-            f"<tr><td>{html.escape(row.name)}</td>{cells}<td>{row.edited or ''}</td><td>{_norm(row)}</td>"
-            f'<td class="{row.gate or ""}">{row.gate or ""}</td></tr>'
+            f'<tr><td>{html.escape(row.name)}</td><td class="{row.gate or ""}">{row.gate or ""}</td>'
+            f"{cells}<td>{row.edited or ''}</td><td>{_norm(row)}</td></tr>"
         )
     return (
-        f"<table><tr><th>candidate</th>{head}<th>edited</th><th>‖edit‖</th><th>gate</th></tr>{''.join(lines)}</table>"
+        f"<table><tr><th>candidate</th><th>gate</th>{head}<th>edited</th><th>‖edit‖</th></tr>{''.join(lines)}</table>"
     )
 
 
