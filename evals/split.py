@@ -8,35 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable
-from typing import NamedTuple
-
-from fleet.errors import InputError
 
 
-class Split(NamedTuple):
-    """Prompts by side, each in the order they were given."""
-
-    tuning: list[str]
-    certifying: list[str]
-
-
-def split_by_hash(prompts: Iterable[str], tuning_share: float) -> Split:
-    """Split prompts by their content; copies of a prompt are on one side.
+def is_tuning(prompt: str, tuning_share: float) -> bool:
+    """Whether a prompt tunes; else it certifies.
 
     Args:
-        prompts: Whole prompts, as the suites have them.
+        prompt: The whole prompt, as a suite has it, with its context and without a template.
         tuning_share: The expected share of different prompts that tune. A larger share keeps all that a smaller has.
-
-    Raises:
-        InputError: The share is not between 0 and 1.
     """
-    if not 0.0 <= tuning_share <= 1.0:
-        raise InputError(f"tuning_share is {tuning_share}, but must be between 0 and 1")
-    split = Split([], [])
-    for prompt in prompts:
-        (split.tuning if hash_fraction(prompt) < tuning_share else split.certifying).append(prompt)
-    return split
+    return hash_fraction(prompt) < tuning_share
 
 
 def hash_fraction(prompt: str) -> float:

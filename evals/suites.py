@@ -35,6 +35,7 @@ import yaml
 
 from evals.lm_eval_tasks import lm_eval_code_names, lm_eval_names, lm_eval_version
 from evals.readers import PLAIN, READERS, DataPolicy, Prompt, Reader, jsonl, read_files
+from evals.split import is_tuning
 from fleet.errors import SuiteError
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class Suite:
     """Prompt suites: the rows, in the set's order."""
     files: tuple[Path, ...] = field(default=(), compare=False)
     """Task suites: every file it is made of, the YAML first; none for lm-eval's own tasks."""
+    tunes: bool = field(default=False, compare=False)
+    """Prompt suites: whether candidates are chosen by these prompts, so that they certify nothing."""
 
     @property
     def entry(self) -> str | None:
@@ -145,6 +148,23 @@ class Suite:
             raise SuiteError(f"suite {self.name} has a template already; name the suite without it")
         name = f"{self.name}+{template}"
         return replace(self, name=name, template=_named_template(name, template))._identified()
+
+    def side(self, side: Literal["tuning", "certifying"], tuning_share: float) -> Suite:
+        """The prompts of one side, told apart by their content (`evals.split`); a task, which has none, stays whole.
+
+        Raises:
+            SuiteError: No prompt is on that side.
+        """
+        if self.kind == "task":
+            return self
+        tunes = side == "tuning"
+        kept = tuple(prompt for prompt in self.prompts if is_tuning(prompt.request, tuning_share) == tunes)
+        if not kept:
+            raise SuiteError(
+                f"suite {self.name}: of its {len(self.prompts)} prompts none is {side} at a tuning_share of "
+                f"{tuning_share:g}; change the share, or use a larger suite"
+            )
+        return replace(self, prompts=kept, num_samples=len(kept), tunes=tunes)._identified()
 
     def _settings(self) -> dict[str, Any]:
         rules = None if self.rules is None else {key: list(asdict(self.rules)[key]) for key in _RULE_FIELDS}

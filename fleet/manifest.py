@@ -126,6 +126,11 @@ class Evaluation(_Part):
     """Folders with suites of your own, searched before the bundled ones."""
     policy: DataPolicy = DataPolicy()
     """Which published sets may be used; by default the open ones that allow commercial use."""
+    prompts: Literal["all", "tuning", "certifying"] = "all"
+    """Which prompts of the harmfulness and over-refusal suites are asked. Each is on one side, by its own text: a run
+    that chooses methods asks those that tune, on which nothing passes its gates; a run that publishes, the others."""
+    tuning_share: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """The share of prompts that tune; the same for both runs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the engines compute in; `auto` is the aligned model's own on a GPU and float32 on a CPU."""
     max_model_len: int | None = Field(default=None, gt=0)

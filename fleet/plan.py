@@ -256,7 +256,9 @@ def _load_suites(manifest: Manifest) -> dict[str, Suite]:
     suites: dict[str, Suite] = {}
     for name, kind in wanted:
         if name not in suites:
-            suites[name] = load_suite(name, folders, evaluation.policy)
+            suite = load_suite(name, folders, evaluation.policy)
+            side = evaluation.prompts
+            suites[name] = suite if side == "all" else suite.side(side, evaluation.tuning_share)
         if suites[name].name != name:
             raise SuiteError(f"suite {name}: its file calls it {suites[name].name}; make the two names the same")
         if suites[name].kind != kind:
