@@ -59,7 +59,6 @@ def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
         reason = _REFUSED.get(merge.config.merge_method, f"unknown here; there are {', '.join(_METHODS)}")
         raise merge.error("merge_method", f"{merge.config.merge_method}: {reason}")
     inputs, fuse = _METHODS[merge.config.merge_method](merge)
-    _check_tokenizer(merge)
     aligned = merge.source("base_model", merge.base) if merge.base else UNSET.format("aligned")
     if not merge.base:
         merge.remarks.append("base_model: not given; set base.aligned to the model all others were tuned from")
@@ -79,6 +78,8 @@ def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
         "evaluation": {"harmfulness": ["demo_harmful"], "judge": {"kind": "rule"}},
         "artifacts": "artifacts",
     }
+    if (vocabulary := _vocabulary(merge, names)) is not None:
+        document["checkpoint"] = {"vocabulary": vocabulary}
     merge.remarks += [*merge.dropped(), "evaluation: the demo's suite, to start with; name your own, and models.suites"]
     parse(Manifest, document, Path.cwd(), f"{path}, as a manifest")
     return Conversion(document, [*dict.fromkeys(merge.remarks)])
@@ -348,19 +349,24 @@ def _num_layers(model: str) -> int | None:
         return None
 
 
-def _check_tokenizer(merge: _Merge) -> None:
-    """The fused model keeps the aligned model's tokenizer, and with it its vocabulary and its template."""
+def _vocabulary(merge: _Merge, names: Mapping[str, str]) -> str | dict[str, str] | None:
+    """The manifest's `checkpoint.vocabulary` for the tokenizer asked for; None if none is."""
     tokenizer, template = merge.config.tokenizer, merge.config.chat_template
     if tokenizer is not None and (tokenizer.tokens or tokenizer.pad_to_multiple_of):
-        raise merge.error("tokenizer", "tokens and pad_to_multiple_of change the vocabulary, which stays as it is here")
-    source = tokenizer.source if tokenizer is not None else merge.config.tokenizer_source
-    if source is not None and source.removeprefix("model:") not in ("base", merge.base):
-        reason = "the vocabulary doesn't grow" if source == "union" else "no other model's is taken"
-        raise merge.error("tokenizer", f"{source}: the fused model keeps the aligned model's: {reason}; say base")
+        raise merge.error("tokenizer", "tokens and pad_to_multiple_of: no row is chosen or padded here")
     if template not in (None, "auto"):
-        raise merge.error("chat_template", "the fused model keeps the aligned model's; leave it out, put yours there")
-    if source is not None or template is not None:
-        merge.remarks.append("tokenizer, chat_template: left out; the fused model keeps the aligned model's")
+        raise merge.error("chat_template", "it comes with the tokenizer; leave it out, put yours beside that")
+    if template is not None:
+        merge.remarks.append("chat_template: left out; it comes with the tokenizer")
+    source = tokenizer.source if tokenizer is not None else merge.config.tokenizer_source
+    if source is None or source == "union":
+        return source
+    source = source.removeprefix("model:")
+    if source in ("base", merge.base):
+        return "aligned"
+    if source not in names:
+        raise merge.error("tokenizer", f"{source} is no model of this merge; say base, union, or {', '.join(names)}")
+    return {"model": names[source]}
 
 
 # -- the methods ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fleet.algebra.delta import Delta, Dense
 from fleet.algebra.sparsify import WHOLE
 from fleet.errors import ManifestError, SourceError
 from fleet.fusion.place import Place, at
-from fleet.manifest import Manifest, load_manifest
+from fleet.manifest import Manifest, VocabularyOf, load_manifest
 from fleet.mergekit import Conversion, from_mergekit
 from fleet.realign import main, parse_arguments
 from fleet.store import open_folder
@@ -499,14 +499,30 @@ def test_method_on_task_vectors_needs_a_base_model(tmp_path: Path, method: str) 
     assert "base_model: missing" in refused(tmp_path, merge(method).replace("base_model: ./base", ""))
 
 
+@pytest.mark.parametrize(
+    ("rest", "vocabulary"),
+    [
+        ("", "refuse"),
+        ("tokenizer_source: base", "aligned"),
+        ("tokenizer_source: ./base", "aligned"),
+        ("tokenizer_source: union", "union"),
+        ("tokenizer: {}", "union"),
+        ("tokenizer_source: ./b", VocabularyOf(model="b")),
+        ("tokenizer: {source: 'model:./a'}", VocabularyOf(model="a")),
+    ],
+)
+def test_tokenizer_becomes_the_vocabulary(tmp_path: Path, rest: str, vocabulary: str | VocabularyOf) -> None:
+    manifest = written(tmp_path, convert(tmp_path, merge("task_arithmetic", rest=rest)))
+    assert manifest.checkpoint.vocabulary == vocabulary
+
+
 # -- the rest of a configuration -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ("tokenizer_source: union", "tokenizer: union"),
-        ("tokenizer_source: ./a", "tokenizer: ./a"),
+        ("tokenizer_source: ./c", "tokenizer: ./c is no model of this merge; say base, union, or ./a, ./b"),
         ("tokenizer: {source: base, tokens: {x: {source: ./a}}}", "tokens and pad_to_multiple_of"),
         ("tokenizer: {source: base, pad_to_multiple_of: 8}", "tokens and pad_to_multiple_of"),
         ("chat_template: chatml", "chat_template: "),
