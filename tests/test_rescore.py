@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
 from evals.rescore import cohens_kappa, main, rescore
 from evals.suites import load_suite
 from fleet.errors import EvalError
+from tests.test_scoring import make_judge
 
 SUITE = {
     "suite": "s", "kind": "harmfulness", "data": "s.jsonl", "max_tokens": 8,
@@ -74,6 +77,32 @@ def test_command_judges_a_folder_and_says_what_it_found(
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["kappa"] == 1.0
     assert [s.label for s in read_samples(out.read_bytes())] == ["safe", "harmful"]
+
+
+def test_command_starts_a_judge_model_and_takes_its_word(suite_file: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user types it; the judge is shorter than the longest prompt an engine takes."""
+    judge = {
+        "kind": "model", "model": str(make_judge(tmp_path / "judge")), "template": "<s>{prompt}\n{completion}",
+        "harmful": "1", "safe": "0",
+    }  # fmt: skip
+    log, out = tmp_path / "log.parquet", tmp_path / "again.parquet"
+    rows = ("ends low", "ends UP", "ends in 1")
+    parts = log_parts(suite_file, *((row, 1.0) for row in rows))
+    log.write_bytes(write_samples([read_samples(part)[0] for part in parts], read_origin(parts[0])))
+    command = [
+        sys.executable,
+        "-m",
+        "evals.rescore",
+        str(log),
+        "--judge",
+        json.dumps(judge),
+        "--suite",
+        str(suite_file),
+    ]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [s.score for s in read_samples(out.read_bytes())] == [1.0, 0.0, None]
+    assert json.loads(done.stdout)["labels"] == {"harmful": 1, "safe": 1, "unscored": 1}
 
 
 @pytest.mark.parametrize(
