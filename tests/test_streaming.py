@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
 
+import fleet.store.file_writer
 import fleet.store.local
 import fleet.streaming
 from fleet.algebra.delta import Delta, Dense
@@ -721,17 +722,17 @@ def _lines(stream: Iterator[str], count: int) -> Iterator[str]:
 
 
 class _SlowWriter(fleet.store.local._Writer):
-    """Says when a piece is on disk, and takes its time."""
+    """Says when a piece has come, and takes its time."""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         super().write(data)
-        self._file.flush()
         print("written", flush=True)  # noqa: T201
         time.sleep(0.5)
 
 
 def _fuse_slowly(root: Path, out: Path) -> None:
     fleet.store.local._Writer = _SlowWriter  # type: ignore[misc]
+    fleet.store.file_writer._BLOCK_BYTES = 512  # so that pieces go to the disk as they come
     (unit,) = units(root, out, MIXED, Dare(method="dare"), "aligned", 10**9)
     TensorWorker().fuse(unit)
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from fleet.errors import FleetError, SourceError, StoreError
 from fleet.store.base import StoreWriter
 from fleet.store.digest import file_digest
+from fleet.store.file_writer import FileWriter
 from fleet.store.keys import check_key, check_prefix, is_visible
 
 
@@ -136,38 +137,21 @@ class LocalStore:
                 )
 
 
-_FLUSH_BYTES = 32 << 20
-
-
 class _Writer:
     """Writes one hidden file, and at the end gives it its name."""
 
     def __init__(self, scratch: Path, path: Path) -> None:
         self._scratch = scratch
         self._path = path
-        self._file = open(scratch, "xb")  # noqa: SIM115 - closed by close()
-        self._num_bytes = 0
-        self._flushed = 0
+        self._file = FileWriter(scratch)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         with _explained(StoreError, self._path):
-            self._num_bytes += self._file.write(data)
-            if self._num_bytes - self._flushed >= _FLUSH_BYTES:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Let the system write what has come so far, and forget what it has written.
-
-        So the disk works from the start, and an output of gigabytes doesn't push out of memory the inputs that the next
-        one is made of. A small object stays in memory: it is read again soon.
-        """
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, self._flushed, os.POSIX_FADV_DONTNEED)
-        self._flushed = self._num_bytes
+            self._file.write(data)
 
     def publish(self) -> None:
         with _explained(StoreError, self._path):
-            _flush(self._file)
+            self._file.flush()
             os.replace(self._scratch, self._path)
 
     def close(self) -> None:
