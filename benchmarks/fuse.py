@@ -46,7 +46,7 @@ from fleet.fusion import AnyFusionMethod
 from fleet.outputs import Output, Shard
 from fleet.store import open_folder, open_store
 from fleet.store.local import LocalStore
-from fleet.streaming import RUN_ENTRIES
+from fleet.streaming import COMPILED_RUNS, RUN_ENTRIES
 from fleet.workers import FuseUnit, Member, TensorWorker
 
 WORKERS = 2
@@ -165,7 +165,7 @@ class FloorWorker:
         def pieces(name: str) -> Iterator[torch.Tensor]:
             info = aligned.tensors[name]
             columns = info.shape[-1]
-            rows, step = math.prod(info.shape) // columns, max(RUN_ENTRIES // columns, 1)
+            rows, step = math.prod(info.shape) // columns, max(COMPILED_RUNS * RUN_ENTRIES // columns, 1)
             for at in range(0, rows, step):
                 found = [read_rows(m.folder, m.tensors[name], at, min(at + step, rows)) for m in models]
                 yield found[0]

@@ -36,6 +36,9 @@ from fleet.fusion.sparse import SparseFusion
 RUN_ENTRIES = 1 << 16
 """Entries of a run: with float32 copies of a few models, what a core's own cache holds."""
 
+COMPILED_RUNS = 8
+"""How many of them a compiled loop over bfloat16 files does at once. It makes no copies, so a call's cost decides."""
+
 SAMPLE_ENTRIES = 1 << 16
 """What a search for a threshold begins with; a tensor of at most 16 times as many is searched in one piece."""
 
@@ -352,7 +355,7 @@ class _Tensor:
 
         Each run is in the memory of the one before.
         """
-        step = min(max(2 * RUN_ENTRIES // self._columns, 1), self._num_rows)
+        step = min(max(COMPILED_RUNS * RUN_ENTRIES // self._columns, 1), self._num_rows)
         memory = torch.empty((len(models_M) + 1) * step * self._columns, dtype=torch.bfloat16)
         for at in range(0, self._num_rows, step):
             stop = min(at + step, self._num_rows)
