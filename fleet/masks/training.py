@@ -95,7 +95,7 @@ def log_probs(unit: LogProbsUnit, group: Group, device: torch.device) -> UnitRec
     """log π_aligned(reply | prompt) of every pair, in file order: `chosen` and `rejected`, (pairs,), float32."""
     aligned = open_full(unit.aligned)
     network = build_network(aligned, _DTYPES[unit.dtype], device, group, False)
-    pairs = _pairs(unit.preferences.rows(), _tokenizer(aligned), unit.max_tokens)
+    pairs = _pairs(unit.preferences.rows(), load_tokenizer(aligned), unit.max_tokens)
     found = torch.zeros(2, len(pairs), device=device)
     with torch.no_grad():
         for mine in _shares(list(range(len(pairs))), group, unit.compute.micro_batch or _PASS):
@@ -126,7 +126,7 @@ class _Training:
         self.unit, self.group, self.device, self.report = unit, group, device, report
         self.spec = unit.method.training
         aligned = open_full(unit.aligned)
-        tokenizer = _tokenizer(aligned)
+        tokenizer = load_tokenizer(aligned)
         rows = unit.preferences.rows()
         self.pairs = _pairs(rows, tokenizer, self.spec.max_tokens)
         self.train, self.held_out = split(rows, self.spec.held_out)
@@ -436,7 +436,7 @@ def _read_log_probs(folder: Folder, count: int) -> torch.Tensor:
     return found
 
 
-def _tokenizer(aligned: FullModel) -> Any:
+def load_tokenizer(aligned: FullModel) -> Any:
     """The aligned model's tokenizer, from its small files alone.
 
     Raises:
@@ -450,4 +450,4 @@ def _tokenizer(aligned: FullModel) -> Any:
         try:
             return AutoTokenizer.from_pretrained(scratch)
         except (OSError, ValueError) as e:
-            raise CheckpointError(f"base.aligned: {folder.uri} has no tokenizer to learn a mask with: {e}") from e
+            raise CheckpointError(f"base.aligned: {folder.uri} has no tokenizer to read texts with: {e}") from e

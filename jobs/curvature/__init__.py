@@ -1,0 +1,1 @@
+"""Measuring what fusion methods have to know of a model beside its weights."""
