@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,15 +223,21 @@ class ScoringWorker:
         )
 
     def _suite(self, files: SuiteFiles) -> Suite:
-        if files.folder is None:
-            return load_suite(files.name)
-        return load_suite(open_folder(files.folder).local(self._scratch) / files.name)
+        return _read_suite(files, self._scratch)
 
     def _candidate(self, served: Served) -> Candidate:
         folder = open_folder(served.weights).local(self._scratch)
         if served.is_adapter:
             return Candidate(served.name, served.identity, adapter_dir=folder)
         return Candidate(served.name, served.identity, model_dir=folder)
+
+
+@lru_cache(maxsize=64)
+def _read_suite(files: SuiteFiles, scratch: Path) -> Suite:
+    """Kept between the units of a worker: what a run puts in its store is named by its content."""
+    if files.folder is None:
+        return load_suite(files.name)
+    return load_suite(open_folder(files.folder).local(scratch) / files.name)
 
 
 def _get(store: str, key: str) -> bytes:

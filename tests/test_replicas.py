@@ -672,3 +672,13 @@ def test_generate_stops_where_the_candidates_own_files_say(
     session = serve(Candidate("other", "sha256:other-end", model_dir=other))
     cut = session.generate(["Say hi."], max_tokens=9)[0]
     assert (cut.text, cut.finish_reason) == (whole.text.split(whole.text[2])[0], "stop")
+
+
+def test_template_of_a_task_is_compiled_once_for_all_its_documents() -> None:
+    """lm-eval compiles it for each."""
+    from lm_eval.utils import apply_template, env
+
+    compiled: Any = env.from_string  # with `evals.harness` imported
+    before = compiled.cache_info().misses
+    assert [apply_template("{{x}} of a template seen here alone", {"x": i})[0] for i in range(3)] == ["0", "1", "2"]
+    assert compiled.cache_info().misses == before + 1
