@@ -17,6 +17,8 @@ setup: .venv/installed-$(EXTRA)
 	  $(BIN)/python -m pip install --quiet --no-deps torch==$(TORCH_VERSION)+cpu || \
 	  $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu torch==$(TORCH_VERSION); fi
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r locks/$*.txt
+	# Every worker process imports torch and vLLM: where nothing may write bytecode later, that is 7 s each.
+	-$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 

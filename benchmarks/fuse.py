@@ -9,8 +9,8 @@ turns, each method and contestant:
 - `floor`: the same workers read every input once and write the output, with the same calls and the same sums of bytes.
 
 Memory is the resident peak of the processes, without what they held before the first tensor; mergekit's likewise.
-`--growth` instead measures the time per byte over 2 to 16 models and over shapes up to a 7B's, `--equal` compares the
-results with mergekit's.
+`--growth` instead measures the time per byte over 2 to 16 models and over shapes up to a 7B's, `--seven-billion` fuses
+four of a 7B's shape, and `--equal` compares the results with mergekit's.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Shape:
 
 BILLION = Shape(2048, 5632, 22, 256)
 SMALL = Shape(512, 1536, 4, 512, 8192)
+SEVEN_BILLION = Shape(4096, 11008, 32, 4096)
 GROWTH = {"0.1B": Shape(768, 2048, 12, 768), "1.1B": BILLION, "7B, 4 layers": Shape(4096, 11008, 4, 4096)}
 
 
@@ -393,6 +394,25 @@ def growth(scratch: Path, console: Console) -> None:
         shutil.rmtree(root)
 
 
+def seven_billion(root: Path, console: Console) -> None:
+    """Time and memory of fusing four models of a 7B's shape, from the disk.
+
+    40 GB: base, result, and the four models, which are one file under four names.
+    """
+    write_models(root, SEVEN_BILLION, 1)
+    for i in range(1, 4):
+        shutil.copytree(root / "tuned0", root / f"tuned{i}", copy_function=os.link, dirs_exist_ok=True)
+    for name in ("task_arithmetic", "ties"):
+        case = CASES[name]
+        seconds, peak = run_ours(TensorWorker, root, root / "out", case)
+        shutil.rmtree(root / "out")
+        rate = 2 * SEVEN_BILLION.parameters * (case.models + 2) / seconds / 1e9
+        console.print(
+            f"{SEVEN_BILLION.parameters / 1e9:.2f}B, {case.models} models, {name}: {seconds:.0f} s, {rate:.2f} GB/s, "
+            f"{peak / 1e6:.0f} MB in {WORKERS} workers"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuse", description=__doc__)
     parser.add_argument("--mergekit", help="a Python that has mergekit")
@@ -400,6 +420,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*CASES], default=[*CASES])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--seven-billion", action="store_true", help="instead fuse four models of a 7B's shape")
     parser.add_argument("--equal", action="store_true", help="count the entries that aren't mergekit's instead")
     arguments = parser.parse_args()
     console = Console()
@@ -408,6 +429,8 @@ def main() -> None:
             equal(arguments.mergekit, Path(scratch), console)
         elif arguments.growth:
             growth(Path(scratch), console)
+        elif arguments.seven_billion:
+            seven_billion(Path(scratch), console)
         else:
             compare(arguments, Path(scratch), console)
 
