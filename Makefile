@@ -9,6 +9,7 @@ BIN := .venv/bin
 
 setup: .venv/installed-$(EXTRA)
 
+# Compiled, because every worker process imports torch and vLLM: where nothing may write bytecode later, that is 7 s each.
 # pip finds a CPU torch where the machine provides one; elsewhere uv knows PyTorch's own CPU index.
 .venv/installed-%: locks/%.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
@@ -16,9 +17,7 @@ setup: .venv/installed-$(EXTRA)
 	if [ $* = cpu ]; then \
 	  $(BIN)/python -m pip install --quiet --no-deps torch==$(TORCH_VERSION)+cpu || \
 	  $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu torch==$(TORCH_VERSION); fi
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r locks/$*.txt
-	# Every worker process imports torch and vLLM: where nothing may write bytecode later, that is 7 s each.
-	-$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --compile-bytecode -r locks/$*.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
