@@ -4,6 +4,8 @@
 Every other `FleetError` is a failure of the run and exits with 1.
 """
 
+import sys
+
 
 class FleetError(Exception):
     """Anything `fleet` raises on purpose. The only argument is the message, so it pickles across actors."""
@@ -43,3 +45,9 @@ class TrackingError(FleetError):
 
 class EvalError(FleetError):
     """An engine, a judge or a suite broke the contract: one completion per sample, no silent loss."""
+
+
+def exit_code(error: FleetError) -> int:
+    """What a command ends with; the error is said on stderr."""
+    sys.stderr.write(f"error: {error}\n")
+    return 2 if isinstance(error, InputError) else 1

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("fleet").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     from rich.console import Console
 
-    from fleet.errors import FleetError, InputError
+    from fleet.errors import FleetError, exit_code
     from fleet.manifest import load_manifest
     from fleet.mergekit import from_mergekit
     from fleet.plan import make_plan
@@ -75,12 +75,8 @@ def main(argv: list[str] | None = None) -> int:
             print_plan(plan, console)
         else:
             realign(plan, arguments.address, console)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
     except FleetError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return exit_code(e)
     return 0
 
 

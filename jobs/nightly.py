@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("jobs").setLevel(logging.INFO)
     from fleet import realign
-    from fleet.errors import FleetError, InputError
+    from fleet.errors import FleetError, exit_code
     from jobs.catalogue import complete_manifest
 
     try:
@@ -56,12 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="fleet-nightly-") as scratch:
             path = arguments.output or write_manifest(manifest, Path(scratch, "models.json"))
             return realign.main(["--manifest", str(path), *(["--dry-run"] if arguments.dry_run else [])])
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
     except FleetError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return exit_code(e)
 
 
 def write_manifest(manifest: Manifest, path: Path) -> Path:

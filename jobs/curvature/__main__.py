@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("jobs").setLevel(logging.INFO)
-    from fleet.errors import FleetError, InputError
+    from fleet.errors import FleetError, exit_code
     from fleet.manifest import load_manifest
     from jobs.curvature.measure import measure, open_subjects
 
@@ -37,12 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         aligned, subjects = open_subjects(manifest, arguments.models, arguments.examples)
         for subject in subjects:
             measure(aligned, subject, arguments.kinds, arguments.output, arguments.max_tokens)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
     except FleetError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return exit_code(e)
     return 0
 
 
