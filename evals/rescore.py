@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from evals.engine import Candidate, EngineOptions, engine_env, engine_length
+from evals.engine import Candidate, EngineOptions, engine_length
 from evals.judges import Judge, ModelJudge, make_judge
 from evals.judging import ask_model, judged_sample
 from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
@@ -103,14 +103,13 @@ def _one_origin(parts: Sequence[bytes], suite: Suite) -> Origin:
 def _verdicts(judge: Judge | ModelJudge, exchanges: Sequence[Exchange], suite: Suite) -> list[Verdict]:
     if isinstance(judge, Judge):
         return judge.judge(exchanges, suite)
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))  # no other engine is here to share them with
+    from evals.replicas import Replica  # noqa: PLC0415 - loads vLLM, which rule judges do without
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = open_folder(judge.model).local(Path(scratch))
         config = json.loads((folder / "config.json").read_bytes())
-        engine = EngineOptions(max_model_len=engine_length(config), max_lora_rank=0)
-        os.environ.update(engine_env(engine, os.cpu_count() or 1))
-        from evals.replicas import Replica  # noqa: PLC0415 - loads vLLM, which rule judges do without
-
-        replica = Replica(folder, engine)
+        replica = Replica(folder, EngineOptions(max_model_len=engine_length(config), max_lora_rank=0))
         with closing(replica), replica.serving(Candidate("judge", judge.model)) as session:
             return ask_model(session, judge, exchanges, suite)
 
