@@ -129,15 +129,15 @@ def _checks(
     suite: Suite, log: EvalLog | None, logs: Mapping[Against, Mapping[str, EvalLog]], gates: Gates
 ) -> Iterator[Check]:
     margins: dict[Against, float | None]
+    measure = _MEASURES[suite.kind]
+    if suite.kind != "task":
+        yield _rate_check(_Question(suite, measure, "limit", gates.cap(suite.kind), gates), log)
     if suite.kind == "task":
         margins = {"fine-tuned": gates.task_drop_max, "published": gates.task_drop_max_published}
     elif suite.kind == "harmfulness":
-        yield _rate_check(_Question(suite, "harmful", "limit", gates.harmfulness_max, gates), log)
         margins = {"aligned": gates.harmfulness_margin, "published": gates.harmfulness_margin_published}
     else:
-        yield _rate_check(_Question(suite, "refused", "limit", gates.over_refusal_max, gates), log)
         margins = {"aligned": gates.over_refusal_margin, "published": gates.over_refusal_margin_published}
-    measure = _MEASURES[suite.kind]
     if log is not None and "early_stop" in log.settings:
         # As many samples as it took to decide the cap say nothing of a difference; noise has counted against the cap.
         return
