@@ -401,7 +401,7 @@ def seven_billion(root: Path, console: Console) -> None:
     """
     write_models(root, SEVEN_BILLION, 1)
     for i in range(1, 4):
-        shutil.copytree(root / "tuned0", root / f"tuned{i}", copy_function=os.link, dirs_exist_ok=True)
+        shutil.copytree(root / "tuned0", root / f"tuned{i}", copy_function=os.link)
     for name in ("task_arithmetic", "ties"):
         case = CASES[name]
         seconds, peak = run_ours(TensorWorker, root, root / "out", case)
