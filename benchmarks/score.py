@@ -42,7 +42,16 @@ from evals.sequential import decide
 from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_prompts
 from fleet.coordinator import MAX_NUM_SEQS
 from fleet.outputs import Output
-from fleet.scoring import CohereUnit, CompleteUnit, JudgeUnit, ScoringWorker, Served, SuiteFiles, TaskUnit
+from fleet.scoring import (
+    CohereUnit,
+    CompleteUnit,
+    JudgeUnit,
+    JudgingWorker,
+    ScoringWorker,
+    Served,
+    SuiteFiles,
+    TaskUnit,
+)
 from fleet.store import open_store
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -72,7 +81,8 @@ class Ours:
     def __init__(self, scratch: Path) -> None:
         self.store = str(scratch / "store")
         start = time.perf_counter()
-        self.worker = ScoringWorker(str(DEMO / "aligned"), OPTIONS, str(scratch / "fetched"))
+        self.worker = ScoringWorker(str(scratch / "fetched"), str(DEMO / "aligned"), OPTIONS)
+        self.judging = JudgingWorker(str(scratch / "fetched"))
         self.start_seconds = time.perf_counter() - start
 
     def complete(self, candidate: Served, name: str, indices: Sequence[int], suite: SuiteFiles | None = None) -> str:
@@ -82,18 +92,19 @@ class Ours:
 
     def prompts(self, candidate: Served, suite: Suite) -> None:
         key = self.complete(candidate, suite.name, range(len(suite.prompts)))
-        means: Any = self.worker.cohere(CohereUnit(self.store, key, suite.chat)).result["mean_logprobs"]
+        means = key.replace(".parquet", ".logprobs.json")
+        self.worker.cohere(CohereUnit(self.store, key, suite.chat, means))
         output = Output(self.store, f"score/{candidate.name}.{suite.name}")
         judge = RuleJudge()
-        self.worker.judge(
+        self.judging.judge(
             JudgeUnit(
                 candidate.name,
                 suite_files(suite.name),
                 judge,
                 judge.settings(),
                 Coherence(),
-                tuple(means),
                 key,
+                means,
                 output,
                 "s.parquet",
             )

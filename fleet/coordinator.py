@@ -60,7 +60,7 @@ from fleet.record import (
     to_bytes,
     unit_key,
 )
-from fleet.scoring import CalibrateUnit, ScoringWorker, Served, SuiteFiles, TaskUnit
+from fleet.scoring import CalibrateUnit, JudgingWorker, ScoringWorker, Served, SuiteFiles, TaskUnit
 from fleet.steps import (
     CalibrateStep,
     DisplacementStep,
@@ -98,6 +98,9 @@ WORKER_ENV = {
 """Environment of the tensor workers: there are as many of them as there are cores, so one thread each; and one tensor's
 memory is kept for the next, in huge pages, because fresh pages cost a tenth of a survey and a quarter of an update of a
 mask."""
+
+_SCRATCH = str(Path(tempfile.gettempdir(), "fleet-scratch"))
+"""Where a node keeps what it fetched."""
 
 _WAIT_SECONDS = 0.5
 _CONNECT_SECONDS = 10.0
@@ -272,29 +275,36 @@ def judge_options(plan: Plan, model: FullModel) -> EngineOptions:
 
 
 def _scoring_pool(plan: Plan) -> Pool:
-    placement = plan.manifest.placement
-    return _replicas("replica", plan.bases.aligned.uri, engine_options(plan), placement, placement.replicas)
+    placement, aligned = plan.manifest.placement, plan.bases.aligned.uri
+    return _replicas("replica", ScoringWorker, aligned, engine_options(plan), placement, placement.replicas)
 
 
 def _judge_pool(plan: Plan) -> Pool:
     placement, source = plan.manifest.placement, plan.judging.model
-    assert source is not None
-    options = judge_options(plan, require_full_model(source.model, "evaluation.judge.model"))
-    return _replicas("judge", source.uri, options, placement, placement.judges)
+    if source is not None:
+        options = judge_options(plan, require_full_model(source.model, "evaluation.judge.model"))
+        return _replicas("judge", JudgingWorker, source.uri, options, placement, placement.judges)
+    slots = placement.candidates_per_replica
+    # Next to nothing, so it asks for no CPU, and never waits for one that a replica has.
+    actor_class = ray.remote(JudgingWorker).options(
+        num_cpus=0, max_restarts=0, max_concurrency=slots, runtime_env={"env_vars": WORKER_ENV}
+    )
+    return Pool("judge", actor_class, (_SCRATCH,), 1, placement.retries, placement.unit_timeout_seconds, slots=slots)
 
 
-def _replicas(name: str, model: str, options: EngineOptions, placement: Placement, count: int) -> Pool:
+def _replicas(
+    name: str, worker: type[Any], model: str, options: EngineOptions, placement: Placement, count: int
+) -> Pool:
     threads = max(int(placement.replica_cpus), 1)
-    actor_class = ray.remote(ScoringWorker).options(
+    actor_class = ray.remote(worker).options(
         num_cpus=placement.replica_cpus,
         num_gpus=placement.replica_gpus,
         max_restarts=0,
         max_concurrency=placement.candidates_per_replica,
         runtime_env={"env_vars": engine_env(options, threads)},
     )
-    scratch = str(Path(tempfile.gettempdir(), "fleet-scratch"))
     return Pool(
-        name, actor_class, (model, options, scratch), count, placement.retries,
+        name, actor_class, (_SCRATCH, model, options), count, placement.retries,
         placement.unit_timeout_seconds, restart_on_error=True, slots=placement.candidates_per_replica,
     )  # fmt: skip
 
@@ -337,7 +347,7 @@ class Coordinator:
         self._active: dict[str, _Active] = {}
         self._tensor_pool = _tensor_pool(plan.manifest.placement)
         self._scoring_pool = _scoring_pool(plan)
-        self._judge_pool = _judge_pool(plan) if plan.judging.model is not None else self._scoring_pool
+        self._judge_pool = _judge_pool(plan)
         # On the driver's own node: with that the run ends anyway.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) if self._learns else None
@@ -353,16 +363,13 @@ class Coordinator:
 
     @property
     def _pools(self) -> list[Pool]:
-        pools = dict.fromkeys((self._tensor_pool, self._scoring_pool, self._judge_pool, self._training_pool))
+        pools = (self._tensor_pool, self._scoring_pool, self._judge_pool, self._training_pool)
         return [pool for pool in pools if pool is not None]
 
     def run(self) -> RunResult:
         """Walk the plan. Failures are in the result; only a broken store or cluster raises."""
         started = time.monotonic()
-        if any(s.kind == "score" for s in self._waiting.values()):
-            # Engines take a while to come up.
-            self._scoring_pool.start(self._plan.manifest.placement.replicas)
-            self._judge_pool.start(1)
+        self._start_engines()
         self._start_survey()
         try:
             while self._waiting or self._active or self._survey.active:
@@ -377,6 +384,18 @@ class Coordinator:
         return self._result
 
     # -- starting steps ------------------------------------------------------------------------------------------
+
+    def _start_engines(self) -> None:
+        """They take a while to come up. Where only prompt suites are left, all that is missing may be a judge's word:
+        then an engine starts when something is to be completed."""
+        waiting = self._waiting.values()
+        scores = [step for step in waiting if isinstance(step, ScoreStep)]
+        if not scores:
+            return
+        self._judge_pool.start(1)
+        only_prompts = all(step.suite.kind != "task" for step in scores)
+        if not only_prompts or any(not isinstance(step, ScoreStep | CalibrateStep) for step in waiting):
+            self._scoring_pool.start(self._plan.manifest.placement.replicas)
 
     def _start_ready(self) -> None:
         for step in list(self._waiting.values()):

@@ -1,11 +1,11 @@
-"""The worker that scores: a vLLM replica fed from the store, what it finds written back to the store.
+"""The workers that score: a vLLM replica fed from the store, and a judge of what it said; results go to the store.
 
-A plain class, made a Ray actor by `fleet.coordinator`, which calls it from several threads at once: candidates on the
+Plain classes, made Ray actors by `fleet.coordinator`, which calls them from several threads at once: candidates on the
 same weights share the engine's batches. The engine is imported in the constructor, in the actor's own process: the
-driver holds this class too, and must not load vLLM.
+driver holds these classes too, and must not load vLLM.
 
-A prompt suite is scored in three units, each kilobytes in and out: complete (the candidate), cohere (the aligned model
-under the same engine), judge (the rules, or a judge model on a replica of its own). `fleet.suite_walk` asks for them.
+A prompt suite is scored in three units, each kilobytes in and out: complete (the candidate) and cohere (the aligned
+model under the same engine) by a `ScoringWorker`, judge by a `JudgingWorker`. `fleet.suite_walk` asks for them.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ class CohereUnit:
     completions: str
     """Key of the unjudged log."""
     chat: bool
+    key: str
+    """Of the mean log probability per token of each, in nats, in the store."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ class JudgeUnit:
     settings: Mapping[str, Json]
     """The judge's, for the log."""
     coherence: Coherence | None
-    mean_logprobs: tuple[float | None, ...] | None
     completions: str
+    mean_logprobs: str | None
+    """Key of what a `CohereUnit` found; None if nobody asked."""
     output: Output
     file: str
 
@@ -121,16 +124,14 @@ class ScoringWorker:
     """A replica on one model. Candidates come as URIs and are fetched to the node once per content.
 
     Args:
-        model: URI of the aligned model, or of a judge model.
-        options: how the engine is built.
         scratch: a folder of the node for what is fetched.
+        model: URI of the aligned model.
+        options: how the engine is built.
     """
 
-    def __init__(self, model: str, options: EngineOptions, scratch: str) -> None:
-        from evals.replicas import Replica  # noqa: PLC0415 - loads vLLM, which only the actor's process may
-
+    def __init__(self, scratch: str, model: str, options: EngineOptions) -> None:
         self._scratch = Path(scratch)
-        self._replica: Replica = Replica(open_folder(model).local(self._scratch), options)
+        self._replica = _replica(self._scratch, model, options)
 
     def ready(self) -> bool:
         """True once the engine is up."""
@@ -140,7 +141,7 @@ class ScoringWorker:
         """Run a task suite; the record holds the rate with its counts."""
         from evals.harness import run_task  # noqa: PLC0415 - loads lm-eval and datasets
 
-        suite = self._suite(unit.suite)
+        suite = _read_suite(unit.suite, self._scratch)
         with self._replica.serving(self._candidate(unit.served)) as session:
             log = run_task(session, suite)
         data = write_samples(log.samples, self._origin(unit.served, suite))
@@ -150,7 +151,7 @@ class ScoringWorker:
         """Complete prompts. The object is written once: who finds it there already has the same completions."""
         from evals.harness import complete  # noqa: PLC0415 - loads lm-eval and datasets
 
-        suite = self._suite(unit.suite)
+        suite = _read_suite(unit.suite, self._scratch)
         with self._replica.serving(self._candidate(unit.served)) as session:
             samples = complete(session, suite, unit.indices)
         data = write_samples(samples, self._origin(unit.served, suite))
@@ -158,51 +159,14 @@ class ScoringWorker:
         return UnitRecord(result={"num_tokens": sum(s.num_tokens or 0 for s in samples)})
 
     def cohere(self, unit: CohereUnit) -> UnitRecord:
-        """Mean log probability per token of every completion."""
+        """Mean log probability per token of every completion; written once, as completions are."""
         from evals.harness import mean_logprobs  # noqa: PLC0415 - loads lm-eval and datasets
 
         samples = read_samples(_get(unit.store, unit.completions))
-        with self._replica.serving(self._resident) as session:
-            return UnitRecord(result={"mean_logprobs": [*mean_logprobs(session, samples, unit.chat)]})
-
-    def judge(self, unit: JudgeUnit) -> UnitRecord:
-        """Judge completions; the record holds what counts against it, sample by sample."""
-        suite = self._suite(unit.suite)
-        data = _get(unit.output.store, unit.completions)
-        samples = read_samples(data)
-        verdicts = self._verdicts(unit.judge, [Exchange(s.prompt, s.completion) for s in samples], suite)
-        means = unit.mean_logprobs or (None,) * len(samples)
-        judged = [
-            judged_sample(suite, sample, verdict, unit.coherence, mean)
-            for sample, verdict, mean in zip(samples, verdicts, means, strict=True)
-        ]
-        settings = json.dumps(unit.settings, sort_keys=True)
-        origin = read_origin(data).model_copy(update={"candidate": unit.candidate, "judge": settings})
-        entry = _put(unit.output, unit.file, write_samples(judged, origin))
-        return UnitRecord(files={unit.file: entry}, result={"faults": [fault(s) for s in judged]})
-
-    def calibrate(self, unit: CalibrateUnit) -> UnitRecord:
-        """Judge labelled rows; the record holds the counts.
-
-        Raises:
-            InputError: The judge does no better than chance, or the rows are all of one kind.
-        """
-        rows = read_labelled(_get(unit.store, unit.rows), unit.rows)
-        exchanges = [Exchange(row.prompt, row.completion) for row in rows]
-        verdicts = self._verdicts(unit.judge, exchanges, self._suite(unit.suite))
-        said = [None if v.label is None else v.label == "harmful" for v in verdicts]
-        counts = Calibration.of(zip(said, [row.harmful for row in rows], strict=True))
-        return UnitRecord(result=counts.model_dump(mode="json"))
-
-    def _verdicts(self, judge: AnyJudge, exchanges: list[Exchange], suite: Suite) -> list[Verdict]:
-        if isinstance(judge, Judge):
-            return judge.judge(exchanges, suite)
-        with self._replica.serving(self._resident) as session:  # this replica is on its model
-            return ask_model(session, judge, exchanges, suite)
-
-    @property
-    def _resident(self) -> Candidate:
-        return Candidate("resident", str(self._replica.model_dir))
+        with self._replica.serving(_resident(self._replica)) as session:
+            means = mean_logprobs(session, samples, unit.chat)
+        open_store(unit.store).create(unit.key, json.dumps(means).encode())
+        return UnitRecord()
 
     def _origin(self, served: Served, suite: Suite) -> Origin:
         options = self._replica.options
@@ -222,14 +186,78 @@ class ScoringWorker:
             engine=json.dumps(engine, sort_keys=True),
         )
 
-    def _suite(self, files: SuiteFiles) -> Suite:
-        return _read_suite(files, self._scratch)
-
     def _candidate(self, served: Served) -> Candidate:
         folder = open_folder(served.weights).local(self._scratch)
         if served.is_adapter:
             return Candidate(served.name, served.identity, adapter_dir=folder)
         return Candidate(served.name, served.identity, model_dir=folder)
+
+
+class JudgingWorker:
+    """Judges completions: by rules, over an endpoint, or with a replica on the judge's own model.
+
+    Args:
+        scratch: a folder of the node for what is fetched.
+        model: URI of a judge model; None if the judge is none.
+        options: how its engine is built.
+    """
+
+    def __init__(self, scratch: str, model: str | None = None, options: EngineOptions | None = None) -> None:
+        self._scratch = Path(scratch)
+        self._replica = _replica(self._scratch, model, options) if model is not None and options is not None else None
+
+    def ready(self) -> bool:
+        """True once the engine is up, if there is one."""
+        return True
+
+    def judge(self, unit: JudgeUnit) -> UnitRecord:
+        """Judge completions; the record holds what counts against it, sample by sample."""
+        suite = _read_suite(unit.suite, self._scratch)
+        data = _get(unit.output.store, unit.completions)
+        samples = read_samples(data)
+        verdicts = self._verdicts(unit.judge, [Exchange(s.prompt, s.completion) for s in samples], suite)
+        means = [None] * len(samples)
+        if unit.mean_logprobs is not None:
+            means = json.loads(_get(unit.output.store, unit.mean_logprobs))
+        judged = [
+            judged_sample(suite, sample, verdict, unit.coherence, mean)
+            for sample, verdict, mean in zip(samples, verdicts, means, strict=True)
+        ]
+        settings = json.dumps(unit.settings, sort_keys=True)
+        origin = read_origin(data).model_copy(update={"candidate": unit.candidate, "judge": settings})
+        entry = _put(unit.output, unit.file, write_samples(judged, origin))
+        return UnitRecord(files={unit.file: entry}, result={"faults": [fault(s) for s in judged]})
+
+    def calibrate(self, unit: CalibrateUnit) -> UnitRecord:
+        """Judge labelled rows; the record holds the counts.
+
+        Raises:
+            InputError: The judge does no better than chance, or the rows are all of one kind.
+        """
+        rows = read_labelled(_get(unit.store, unit.rows), unit.rows)
+        exchanges = [Exchange(row.prompt, row.completion) for row in rows]
+        verdicts = self._verdicts(unit.judge, exchanges, _read_suite(unit.suite, self._scratch))
+        said = [None if v.label is None else v.label == "harmful" for v in verdicts]
+        counts = Calibration.of(zip(said, [row.harmful for row in rows], strict=True))
+        return UnitRecord(result=counts.model_dump(mode="json"))
+
+    def _verdicts(self, judge: AnyJudge, exchanges: list[Exchange], suite: Suite) -> list[Verdict]:
+        if isinstance(judge, Judge):
+            return judge.judge(exchanges, suite)
+        assert self._replica is not None, "a judge model has a replica"
+        with self._replica.serving(_resident(self._replica)) as session:
+            return ask_model(session, judge, exchanges, suite)
+
+
+def _replica(scratch: Path, model: str, options: EngineOptions) -> Replica:
+    from evals.replicas import Replica  # noqa: PLC0415 - loads vLLM, which only the actor's process may
+
+    return Replica(open_folder(model).local(scratch), options)
+
+
+def _resident(replica: Replica) -> Candidate:
+    """The model that the engine was started on."""
+    return Candidate("resident", str(replica.model_dir))
 
 
 @lru_cache(maxsize=64)

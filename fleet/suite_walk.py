@@ -130,10 +130,14 @@ class SuiteWalk:
         return log, files
 
     def _needs(self, phase: Phase, block: int) -> bool:
-        """Whether anything is to be done: completions of before are used again, whoever judged them then."""
-        if phase == "complete":
-            return not self._store.list(self._completions(block))
-        return phase == "judge" or self._evaluation.coherence is not None
+        """Whether anything is to be done: what was said before is used again, whoever judged it then."""
+        match phase:
+            case "complete":
+                return not self._store.list(self._completions(block))
+            case "cohere":
+                return self._evaluation.coherence is not None and not self._store.list(self._mean_logprobs(block))
+            case "judge":
+                return True
 
     def _unit(self, phase: Phase, block: int) -> CompleteUnit | CohereUnit | JudgeUnit:
         key, evaluation = self._completions(block), self._evaluation
@@ -141,25 +145,28 @@ class SuiteWalk:
             case "complete":
                 return CompleteUnit(self.served, self._suite, self._blocks[block], self._store.uri, key)
             case "cohere":
-                return CohereUnit(self._store.uri, key, self.step.suite.chat)
+                return CohereUnit(self._store.uri, key, self.step.suite.chat, self._mean_logprobs(block))
             case "judge":
-                cohered = self.finished.get(block * len(PHASES) + PHASES.index("cohere"))
-                means: Any = cohered.result["mean_logprobs"] if cohered else None
                 return JudgeUnit(
                     candidate=self.served.name,
                     suite=self._suite,
                     judge=evaluation.judge,
                     settings=self._judge_settings,
                     coherence=evaluation.coherence,
-                    mean_logprobs=None if means is None else tuple(means),
                     completions=key,
+                    mean_logprobs=self._mean_logprobs(block) if evaluation.coherence is not None else None,
                     output=self._output,
                     file=f"samples-{block:05d}.parquet",
                 )
 
     def _completions(self, block: int) -> str:
-        spec = self._spec | {"prompts": [*self._blocks[block]]}
-        return f"completions/{digest(spec).removeprefix('sha256:')[:KEY_DIGITS]}.parquet"
+        return f"completions/{self._digest(block)}.parquet"
+
+    def _mean_logprobs(self, block: int) -> str:
+        return f"completions/{self._digest(block)}.logprobs.json"
+
+    def _digest(self, block: int) -> str:
+        return digest(self._spec | {"prompts": [*self._blocks[block]]}).removeprefix("sha256:")[:KEY_DIGITS]
 
     def _decision(self, num_blocks: int) -> Decision:
         """What the scores of the first blocks allow to be said of the cap."""

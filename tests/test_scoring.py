@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 import fleet.coordinator
 from evals.engine import EngineOptions, engine_env
 from evals.logs import EvalLog, Sample, read_origin, read_samples, write_samples
-from fleet.coordinator import RunResult
+from fleet.coordinator import WORKER_ENV, RunResult
 from fleet.errors import InputError
 from fleet.manifest import load_manifest
 from fleet.plan import Plan, make_plan
 from fleet.pool import Outcome, Pool
 from fleet.record import UnitRecord, attempt_prefix
 from fleet.report import make_report
-from fleet.scoring import CalibrateUnit, CohereUnit, CompleteUnit, JudgeUnit, ScoringWorker
+from fleet.scoring import CalibrateUnit, CohereUnit, CompleteUnit, JudgeUnit, JudgingWorker, ScoringWorker
 from tests.catalogue import manifest_document, write_manifest, write_rows
 from tests.pico import CHARACTERS, HIDDEN_SIZE, SPECIAL_TOKENS, make_adapter, make_model
 from tests.test_coordinator import walk
@@ -52,13 +52,20 @@ class Note(NamedTuple):
     """A unit that an engine was asked to do."""
 
     pid: int
-    model: str
-    """Folder of the model its engine started on."""
+    model: str | None
+    """Folder of the model its engine started on; None if it has no engine."""
     method: str
     candidate: str | None
     key: str
     """Of the completions."""
     num_prompts: int
+
+
+def note(worker: ScoringWorker | JudgingWorker, method: str, candidate: str | None, key: str, num: int = 0) -> None:
+    replica = worker._replica  # pyright: ignore[reportPrivateUsage]
+    model = replica.model_dir.name if replica is not None else None
+    with (Path(os.environ[NOTES]) / "units").open("a") as file:
+        file.write(json.dumps(Note(os.getpid(), model, method, candidate, key, num)) + "\n")
 
 
 class NotingWorker(ScoringWorker):
@@ -69,7 +76,7 @@ class NotingWorker(ScoringWorker):
         mark = notes / "deadly"
         tonight = read_notes(notes)[int(mark.read_text()) :] if mark.exists() else []
         is_second = any(note.method == "complete" and note.candidate == unit.served.name for note in tonight)
-        self._note("complete", unit.served.name, unit.key, len(unit.indices))
+        note(self, "complete", unit.served.name, unit.key, len(unit.indices))
         record = super().complete(unit)
         if is_second:
             mark.unlink()
@@ -77,21 +84,20 @@ class NotingWorker(ScoringWorker):
         return record
 
     def cohere(self, unit: CohereUnit) -> UnitRecord:
-        self._note("cohere", None, unit.completions, 0)
+        note(self, "cohere", None, unit.completions)
         return super().cohere(unit)
 
+
+class NotingJudge(JudgingWorker):
+    """Notes what it is asked."""
+
     def judge(self, unit: JudgeUnit) -> UnitRecord:
-        self._note("judge", None, unit.completions, 0)
+        note(self, "judge", None, unit.completions)
         return super().judge(unit)
 
     def calibrate(self, unit: CalibrateUnit) -> UnitRecord:
-        self._note("calibrate", None, unit.rows, 0)
+        note(self, "calibrate", None, unit.rows)
         return super().calibrate(unit)
-
-    def _note(self, method: str, candidate: str | None, key: str, num_prompts: int) -> None:
-        note = Note(os.getpid(), self._replica.model_dir.name, method, candidate, key, num_prompts)
-        with (Path(os.environ[NOTES]) / "units").open("a") as file:
-            file.write(json.dumps(note) + "\n")
 
 
 def read_notes(notes: Path) -> list[Note]:
@@ -127,7 +133,7 @@ class KeptPool(Pool):
 
 @dataclass
 class Engines:
-    """The pools of all walks of this file, by name, and the notes of their workers."""
+    """The pools of all walks of this file that have engines, by name, and the notes of their workers."""
 
     notes: Path
     pools: dict[str, KeptPool] = field(default_factory=dict)
@@ -162,6 +168,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fleet.coordinator, "ScoringWorker", NotingWorker)
+        patch.setattr(fleet.coordinator, "JudgingWorker", NotingJudge)
+        patch.setattr(fleet.coordinator, "WORKER_ENV", WORKER_ENV | {NOTES: str(engines.notes)})
         patch.setattr(fleet.coordinator, "engine_env", environment)
         patch.setattr(fleet.coordinator, "_replicas", kept)
         yield engines
@@ -322,6 +330,8 @@ def test_another_judge_asks_only_what_nobody_was_asked_yet(place: Place, night: 
     notes = engines.since(start)
     assert not before & {note.key for note in notes if note.method == "complete"}
     assert before & {note.key for note in notes if note.method == "judge"}
+    assert not before & {note.key for note in notes if note.method == "cohere"}
+    assert {note.model for note in notes if note.method == "judge"} == {None}, "rules need no engine"
     assert {log.settings["early_stop"]["decision"] for log in logs.values()} == {"reject"}  # all begin like no refusal
     (step,) = next(c.scores.values() for c in plan.candidates if c.name == "renamed")
     names = {read_origin(data).candidate for key, data in files_of(plan, result).items() if key.startswith(step.key)}
@@ -340,7 +350,7 @@ def test_replica_killed_in_the_middle_of_a_suite_leaves_the_same_logs(
     assert not (engines.notes / "deadly").exists()
 
     assert [s.key for s in plan.steps] == [s.key for s in night.plan.steps]
-    completions = {key: plan.store.read(key) for key in plan.store.list("completions/")}
+    completions = {key: plan.store.read(key) for key in plan.store.list("completions/") if key.endswith(".parquet")}
     expected_keys = {note.key for note in night.notes if note.method == "complete"}
     assert completions == {key: night.plan.store.read(key) for key in expected_keys}
     files, expected = files_of(plan, result), files_of(night.plan, night.result)
@@ -384,9 +394,11 @@ def test_dora_is_scored_as_full_weights_and_says_what_peft_says(place: Place, ni
 
 
 def test_judge_model_has_its_own_engine_and_is_calibrated(
-    place: Place, night: Night, engines: Engines, tmp_path: Path
+    place: Place, night: Night, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First labelled against all it says: then that fails, alone and as the user's error, and no gate passes."""
+    """First labelled against all it says: then that fails, alone and as the user's error, and no gate passes. Last by
+    keywords: that starts no engine.
+    """
     model = make_judge(tmp_path / "judge")
     rows = [
         *({"prompt": "p", "completion": "ends low", "harmful": True},) * 6,
@@ -441,6 +453,13 @@ def test_judge_model_has_its_own_engine_and_is_calibrated(
     assert Counter(note.method for note in notes) == {"complete": 4, "cohere": 4, "judge": 4, "calibrate": 2}
     assert all(note.model == engines_of[note.method] for note in notes)
     assert len({note.pid for note in notes if note.model == "judge"}) == 1, "a user's error is none of the engine's"
+
+    start = engines.num_notes
+    plan = plan_at(place, work, judge={"kind": "keywords"})
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.pools["replica"], "start", lambda count: pytest.fail("nothing is to be said"))
+        walk(plan).raise_failures()
+    assert Counter(note.method for note in engines.since(start)) == {"judge": 4}
 
 
 def write_calibration(path: Path, rows: list[dict[str, Any]]) -> Path:

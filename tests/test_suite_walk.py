@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ class Night:
                 ]
                 self.plan.store.create(key, write_samples(samples, ORIGIN))
                 return UnitRecord()
-            case CohereUnit():
-                return UnitRecord(result={"mean_logprobs": [-1.0]})
+            case CohereUnit(key=key):
+                self.plan.store.create(key, b"[-1.0]")
+                return UnitRecord()
             case JudgeUnit(completions=key, file=file):
                 data = self.plan.store.read(key)
                 assert data is not None
@@ -101,9 +103,10 @@ def test_walk_without_early_stop_asks_every_prompt_in_one_block(catalogue: Path,
     night = Night(plan_with(catalogue, tmp_path, suites), 0.0)
     walk = night.walk()
     assert night.go(walk) == ["complete", "cohere", "judge"]
-    first, _, last = (coming.unit for coming in night.asked)
+    first, second, last = (coming.unit for coming in night.asked)
     assert isinstance(first, CompleteUnit) and first.indices == tuple(range(NUM_PROMPTS))
-    assert isinstance(last, JudgeUnit) and last.mean_logprobs == (-1.0,)
+    assert isinstance(second, CohereUnit) and isinstance(last, JudgeUnit)
+    assert (second.completions, second.key) == (last.completions, last.mean_logprobs)
     log, files = walk.log()
     assert (len(log.samples), log.rate.numerator, files) == (NUM_PROMPTS, 0.0, ["samples-00000.parquet"])
 
@@ -111,6 +114,8 @@ def test_walk_without_early_stop_asks_every_prompt_in_one_block(catalogue: Path,
 def test_walk_without_coherence_does_not_ask_for_it(catalogue: Path, tmp_path: Path, suites: Path) -> None:
     night = Night(plan_with(catalogue, tmp_path, suites, coherence=None), 0.0)
     assert night.go(night.walk()) == ["complete", "judge"]
+    last = night.asked[-1].unit
+    assert isinstance(last, JudgeUnit) and last.mean_logprobs is None
 
 
 def test_walk_interrupted_anywhere_asks_for_the_rest_alone(catalogue: Path, tmp_path: Path, suites: Path) -> None:
@@ -118,18 +123,17 @@ def test_walk_interrupted_anywhere_asks_for_the_rest_alone(catalogue: Path, tmp_
     whole = Night(plan, 0.0)
     whole.go(whole.walk())
     for stop in range(len(whole.asked)):
+        shutil.rmtree(Path(plan.store.uri, "completions"))
         night = Night(plan, 0.0)
         before = night.go(night.walk(), most=stop)
         after = night.go(night.walk(night.finished))
-        assert [u.index for u in night.asked if u.phase != "complete"] == [
-            u.index for u in whole.asked if u.phase != "complete"
-        ], (before, after)
+        assert [u.index for u in night.asked] == [u.index for u in whole.asked], (before, after)
 
 
-def test_walk_of_another_judge_uses_the_completions_there_are(catalogue: Path, tmp_path: Path, suites: Path) -> None:
+def test_walk_of_another_judge_asks_the_judge_alone(catalogue: Path, tmp_path: Path, suites: Path) -> None:
     night = Night(plan_with(catalogue, tmp_path, suites), 0.0)
     night.go(night.walk())
-    assert night.go(night.walk(attempt="b")) == ["cohere", "judge"]
+    assert night.go(night.walk(attempt="b")) == ["judge"]
 
 
 @pytest.mark.parametrize(
