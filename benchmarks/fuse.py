@@ -424,6 +424,8 @@ def main() -> None:
     parser.add_argument("--equal", action="store_true", help="count the entries that aren't mergekit's instead")
     arguments = parser.parse_args()
     console = Console()
+    if arguments.models is not None:
+        Path(arguments.models).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.models) as scratch:
         if arguments.equal:
             equal(arguments.mergekit, Path(scratch), console)
