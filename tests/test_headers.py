@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
-from fleet.checkpoint.tensors import TensorLayout, read_tensor, write_tensors
+from fleet.checkpoint.tensors import TORCH_DTYPES, TensorLayout, read_tensor, write_tensors
 from fleet.errors import CheckpointError
 from fleet.store import open_folder, open_store
 
@@ -100,6 +101,23 @@ def test_written_tensors_not_finite_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensor a came out with NaN or Inf in F16"):
         write_tensors(open_store(str(tmp_path)), "m/x.safetensors", layout, [[torch.tensor([1e6])]])
     assert open_store(str(tmp_path)).list("m") == {}
+
+
+@pytest.mark.parametrize(("name", "dtype"), TORCH_DTYPES.items())
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_written_tensors_tell_numbers_from_nan_and_inf(
+    tmp_path: Path, name: str, dtype: torch.dtype, bad: float
+) -> None:
+    limits = torch.finfo(dtype)
+    values = torch.tensor([limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, -0.0, 0.5], dtype=dtype)
+    store, layout = open_store(str(tmp_path)), [TensorLayout("a", name, (6,))]
+    write_tensors(store, "good.safetensors", layout, [[values]])
+    assert torch.equal(load_file(tmp_path / "good.safetensors")["a"], values)
+    for at in (0, 3, 5):
+        wrong = values.clone()
+        wrong[at] = bad
+        with pytest.raises(CheckpointError, match="NaN or Inf"):
+            write_tensors(store, "bad.safetensors", layout, [[wrong]])
 
 
 def test_shards_planned_from_headers_hold_every_tensor_once(tmp_path: Path) -> None:

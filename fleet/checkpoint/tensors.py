@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fleet.checkpoint.headers import KNOWN_DTYPE_BYTES, TensorInfo, TensorLayout, header_bytes
 from fleet.errors import CheckpointError
 from fleet.store import Folder, Store
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_EXPONENTS = {
+    "F32": np.uint32(0x7F80_0000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80), "F64": np.uint64(0x7FF0 << 48),
+}  # fmt: skip
 _READ_DTYPES = {**TORCH_DTYPES, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
@@ -79,14 +83,16 @@ def write_tensors(
             before = total
             for piece in pieces:
                 cast = piece.detach().to(TORCH_DTYPES[entry.dtype]).contiguous()
-                if not _is_finite(cast):
+                data = cast.reshape(-1).view(torch.uint8).numpy()
+                if not _is_finite(data, entry.dtype):
                     raise CheckpointError(f"{key}: tensor {entry.name} came out with NaN or Inf in {entry.dtype}")
-                put(cast.reshape(-1).view(torch.uint8).numpy().data)
+                put(data.data)
             if total - before != entry.num_bytes:
                 raise AssertionError(f"{key}: {entry.name} has {total - before} bytes, laid out as {entry.shape}")
     return WrittenFile(total, hasher.hexdigest())
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    # NaN and Inf stay in a sum, which is many times cheaper; one that overflows only asks for the second look.
-    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+def _is_finite(data: NDArray[np.uint8], dtype: str) -> bool:
+    """NaN and Inf have all bits of the exponent set, which numpy sees in a tenth of the time of torch's `isfinite`."""
+    exponent = _EXPONENTS[dtype]
+    return bool((data.view(exponent.dtype) & exponent).max(initial=0) < exponent)
