@@ -178,14 +178,18 @@ class FloorWorker:
                     out.write(piece.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def serve(kind: type[Any], units: Any, answers: Any) -> None:
-    """One worker process: units until None comes, with what it holds beyond its start."""
-    importlib.import_module("fleet.algebra.kernels")  # which a worker has loaded after its first unit
+def serve(kind: type[Any], first: FuseUnit, units: Any, answers: Any) -> None:
+    """One worker process: a first unit, with which it loads its compiled code; then others until None comes.
+
+    Answers with the memory it took so far beyond what it held at its start.
+    """
+    importlib.import_module("fleet.algebra.kernels")
     torch.set_num_threads(1)
     worker = kind()
-    answers.put(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
+    worker.fuse(first)
+    answers.put(0)
     while (unit := units.get()) is not None:
         worker.fuse(unit)
         answers.put(resident("VmHWM") - before)
@@ -212,16 +216,17 @@ def run_ours(kind: type[Any], root: Path, out: Path, case: Case) -> tuple[float,
     os.environ.update(WORKER_ENV)
     context = multiprocessing.get_context("spawn")
     units, answers = context.SimpleQueue(), context.SimpleQueue()
-    workers = [context.Process(target=serve, args=(kind, units, answers)) for _ in range(WORKERS)]
+    shards = shards_of(aligned)
+    as_adapter = case.reads_base if kind is FloorWorker else False
+    unit = FuseUnit(str(root / "base"), members, method, as_adapter, None, shards[0], Output(str(out), "first"))
+    workers = [context.Process(target=serve, args=(kind, unit, units, answers)) for _ in range(WORKERS)]
     for worker in workers:
         worker.start()
     for _ in workers:
         answers.get()
-    shards = shards_of(aligned)
     start = time.perf_counter()
     for shard in shards:
-        unit = FuseUnit(str(root / "base"), members, method, False, None, shard, Output(str(out), "m"))
-        units.put(replace(unit, as_adapter=case.reads_base) if kind is FloorWorker else unit)
+        units.put(replace(unit, shard=shard, output=Output(str(out), "m")))
     peaks = [answers.get() for _ in shards]
     seconds = time.perf_counter() - start
     for _ in workers:
