@@ -44,7 +44,7 @@ from fleet.algebra.statistics import NUM_PROBES
 from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
 from fleet.checkpoint.models import FullModel, read_model
 from fleet.checkpoint.tensors import read_tensor
-from fleet.coordinator import SURVEY_GROUP_BYTES, WORKER_ENV
+from fleet.coordinator import UNIT_BYTES, WORKER_ENV
 from fleet.outputs import Output
 from fleet.store.local import LocalFolder
 from fleet.survey import BLOCK_BYTES, READERS, SurveyUnit
@@ -253,7 +253,7 @@ class Benchmark:
         self._console = console
         aligned = read_model(LocalFolder(folder / "aligned"))
         assert isinstance(aligned, FullModel)
-        self._groups = plan_shards(aligned.tensors.values(), SURVEY_GROUP_BYTES)
+        self._groups = plan_shards(aligned.tensors.values(), UNIT_BYTES)
         self.num_bytes = 2 * aligned.num_bytes
         self.parameters = layers * sum(math.prod(shape) for shape in LINEARS.values())
         self.costs: dict[str, list[Cost]] = {}

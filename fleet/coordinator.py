@@ -78,12 +78,14 @@ from fleet.steps import (
 )
 from fleet.suite_walk import SuiteWalk
 from fleet.survey import SurveyResult, SurveyUnit
-from fleet.workers import FuseUnit, Member, RealignUnit, TensorWorker, TrimUnit
+from fleet.trim_walk import TrimWalk
+from fleet.walk import NextUnit, UnitList, Walk
+from fleet.workers import FuseUnit, Member, RealignUnit, TensorWorker
 
 logger = logging.getLogger(__name__)
 
-SURVEY_GROUP_BYTES = 256 << 20
-"""Base weights per survey unit: small enough to spread, large enough that a message is cheap beside it."""
+UNIT_BYTES = 256 << 20
+"""Base weights per unit of a survey or a trim: small enough to spread, and a message is cheap beside it."""
 
 MAX_NUM_SEQS = 256
 """Sequences an engine decodes at once: a step costs a small model the same for one as for dozens."""
@@ -164,11 +166,9 @@ class _Active:
 
     step: Step
     attempt: str
-    num_units: int
-    finished: dict[int, UnitRecord]
-    work_per_unit: float
-    walk: SuiteWalk | None = None
-    """Of a prompt suite, whose units follow from each other."""
+    walk: Walk
+    pending: dict[int, NextUnit] = field(default_factory=dict)
+    """The units that workers have, or that wait for one."""
     seconds: float = 0.0
     """Spent by workers on the units of this run, without waiting."""
 
@@ -413,36 +413,63 @@ class Coordinator:
         attempt, finished = read_units(self._plan.store, step)
         attempt = attempt or _new_attempt()
         self._progress.started(step)
-        if isinstance(step, ScoreStep) and step.suite.kind != "task":
-            walk = self._walk(step, attempt, finished)
-            self._active[step.key] = _Active(step, attempt, 0, finished, float(step.suite.num_samples or 0), walk)
-            self._go_on(walk)
-            return
-        group = None
-        if isinstance(step, CalibrateStep):
-            judge = self._plan.judging.judge
-            self._plan.store.create(step.rows, self._plan.texts[step.rows])
-            units: list[Any] = [CalibrateUnit(self._suite_files(step.suite), judge, self._plan.store.uri, step.rows)]
-            pool, work = self._judge_pool, 0.0
-        elif isinstance(step, ScoreStep):
-            served = self._served(step)
-            output = Output(self._plan.store.uri, attempt_prefix(step, attempt))
-            units = [TaskUnit(served, self._suite_files(step.suite), output, TASK_SAMPLES)]
-            pool, work, group = self._scoring_pool, float(step.suite.num_samples or 0), self._group(served)
-        elif isinstance(step, _OfTraining):
-            assert self._training_pool is not None
-            units = [self._training_unit(step, attempt)]
-            pool, work = self._training_pool, 0.0
-        else:
-            units = self._tensor_units(step, attempt)
-            pool, work = self._tensor_pool, step.read_bytes / len(units)
-        self._active[step.key] = _Active(step, attempt, len(units), finished, work)
-        for index, unit in enumerate(units):
-            if index not in finished:
-                pool.submit(Task((step.key, index), "task" if step.kind == "score" else step.kind, unit, group))
-        self._finish_if_complete(step.key)
+        self._active[step.key] = _Active(step, attempt, self._walk(step, attempt, finished))
+        self._go_on(self._active[step.key])
 
-    def _tensor_units(self, step: Step, attempt: str) -> list[Any]:
+    def _walk(self, step: Step, attempt: str, finished: dict[int, UnitRecord]) -> Walk:
+        store = self._plan.store
+        match step:
+            case TrimStep():
+                uris = (self._plan.bases.aligned.uri, self._uri(step.model))
+                return TrimWalk(step, self._plan.bases.aligned_model, uris, UNIT_BYTES, finished)
+            case ScoreStep() if step.suite.kind != "task":
+                return SuiteWalk(
+                    step, self._served(step), self._suite_files(step.suite), self._plan.bases.aligned.identity,
+                    self._plan.manifest, self._plan.judging.settings, store, attempt, finished,
+                )  # fmt: skip
+            case ScoreStep():
+                served = self._served(step)
+                output = Output(store.uri, attempt_prefix(step, attempt))
+                unit = TaskUnit(served, self._suite_files(step.suite), output, TASK_SAMPLES)
+                group = self._plan.bases.aligned.identity if served.is_adapter else served.identity
+                return UnitList([NextUnit(0, "task", unit, float(step.suite.num_samples or 0), group)], finished)
+            case CalibrateStep():
+                store.create(step.rows, self._plan.texts[step.rows])
+                judge = self._plan.judging.judge
+                unit = CalibrateUnit(self._suite_files(step.suite), judge, store.uri, step.rows)
+                return UnitList([NextUnit(0, "calibrate", unit, 0.0)], finished)
+            case LogProbsStep() | MaskStep():
+                return UnitList([NextUnit(0, step.kind, self._training_unit(step, attempt), 0.0)], finished)
+            case _:
+                units = self._tensor_units(step, attempt)
+                work = step.read_bytes / len(units)
+                return UnitList([NextUnit(i, step.kind, unit, work) for i, unit in enumerate(units)], finished)
+
+    def _go_on(self, active: _Active) -> None:
+        """Ask for a step's next units once it has none under way, or end it."""
+        if active.pending:
+            return
+        for coming in active.walk.next():
+            active.pending[coming.index] = coming
+            task = Task((active.step.key, coming.index), coming.method, coming.unit, coming.group)
+            self._pool(coming.method).submit(task)
+        if not active.pending:
+            self._finish(active)
+
+    def _pool(self, method: str) -> Pool:
+        """Of the workers that have the method."""
+        match method:
+            case "task" | "complete" | "cohere":
+                return self._scoring_pool
+            case "judge" | "calibrate":
+                return self._judge_pool
+            case "logprobs" | "mask":
+                assert self._training_pool is not None
+                return self._training_pool
+            case _:
+                return self._tensor_pool
+
+    def _tensor_units(self, step: Step, attempt: str) -> list[RealignUnit] | list[FuseUnit]:
         output = Output(self._plan.store.uri, attempt_prefix(step, attempt))
         match step:
             case RealignStep():
@@ -467,8 +494,6 @@ class Coordinator:
                     )
                     for shard in self._shards(step)
                 ]
-            case TrimStep():
-                return [TrimUnit(self._plan.bases.aligned.uri, self._uri(step.model), step.rank)]
             case FuseStep():
                 aligned = self._plan.bases.aligned.uri
                 known = {name: source.uri for name, source in step.curvature.items()}
@@ -532,30 +557,6 @@ class Coordinator:
             return SuiteFiles(suite.name, None)
         return SuiteFiles(suite.entry, self._suite_folder(suite))
 
-    def _group(self, served: Served) -> str:
-        """The weights an engine must hold."""
-        aligned = self._plan.bases.aligned.identity
-        return aligned if served.is_adapter else served.identity
-
-    def _walk(self, step: ScoreStep, attempt: str, finished: dict[int, UnitRecord]) -> SuiteWalk:
-        return SuiteWalk(
-            step, self._served(step), self._suite_files(step.suite), self._plan.bases.aligned.identity,
-            self._plan.manifest, self._plan.judging.settings, self._plan.store, attempt, finished,
-        )  # fmt: skip
-
-    def _go_on(self, walk: SuiteWalk) -> None:
-        """Ask for a suite's next unit, or end its step."""
-        step = walk.step
-        if (coming := walk.next()) is None:
-            active = self._active.pop(step.key)
-            log, _ = walk.log()
-            files = merged_files(active.finished.values())
-            self._complete(step, self._record(step, active.attempt, files, log.summary(), active.seconds))
-            return
-        group = {"complete": self._group(walk.served), "cohere": self._plan.bases.aligned.identity}.get(coming.phase)
-        pool = self._judge_pool if coming.phase == "judge" else self._scoring_pool
-        pool.submit(Task((step.key, coming.index), coming.phase, coming.unit, group))
-
     def _suite_folder(self, suite: Suite) -> str:
         """Where workers find a suite's files, whatever node they are on; put there once per content."""
         prefix = f"suites/{suite.digest.removeprefix('sha256:')[:KEY_DIGITS]}"
@@ -610,7 +611,7 @@ class Coordinator:
             return
         bases, store = self._plan.bases, self._plan.store
         displacement = own[0] if own else surveys[0].displacement
-        groups = plan_shards(bases.aligned_model.tensors.values(), SURVEY_GROUP_BYTES)
+        groups = plan_shards(bases.aligned_model.tensors.values(), UNIT_BYTES)
         read = sum(s.model.model.num_bytes for s in surveys) + 2 * bases.aligned.model.num_bytes
         outputs = {s.key: Output(store.uri, attempt_prefix(s, self._survey.attempt)) for s in (*own, *surveys)}
         self._survey.begin([*own, *surveys], len(groups), read)
@@ -698,28 +699,19 @@ class Coordinator:
             self._fail(active.step, outcome.error)
             return
         unit: UnitRecord = outcome.value
-        active.finished[index] = unit
+        active.walk.finished[index] = unit
         active.seconds += outcome.seconds
-        if active.walk is None or outcome.task.method == "complete":
-            self._progress.worked(active.step.kind, active.work_per_unit, outcome.seconds)
-        if active.walk is not None or active.num_units > 1:
+        if work := active.pending.pop(index).work:
+            self._progress.worked(active.step.kind, work, outcome.seconds)
+        if active.walk.keeps_records:
             self._plan.store.replace(unit_key(active.step, active.attempt, index), to_bytes(unit))
-        if active.walk is not None:
-            self._go_on(active.walk)
-        else:
-            self._finish_if_complete(key)
+        self._go_on(active)
 
-    def _finish_if_complete(self, key: str) -> None:
-        active = self._active[key]
-        if len(active.finished) < active.num_units:
-            return
-        del self._active[key]
-        files = merged_files(active.finished.values())
-        result: dict[str, Json] = {}
-        for index in sorted(active.finished):
-            result |= active.finished[index].result
+    def _finish(self, active: _Active) -> None:
+        del self._active[active.step.key]
+        units, result = active.walk.finished.values(), active.walk.result()
         if isinstance(active.step, RealignStep):
-            edits = _edits(active.finished.values())
+            edits = _edits(units)
             result["edit_norm"] = math.sqrt(sum(edit["edit_norm"] ** 2 for edit in edits.values()))
             del result["edits"]
             modules = self._modules(active.step)
@@ -728,7 +720,8 @@ class Coordinator:
             if warning := active.step.method.warning(modules, edits.keys()):
                 logger.warning("%s: %s", active.step.name, warning)
                 result["warning"] = warning
-        self._complete(active.step, self._record(active.step, active.attempt, files, result, active.seconds))
+        record = self._record(active.step, active.attempt, merged_files(units), result, active.seconds)
+        self._complete(active.step, record)
 
     def _record(
         self, step: Step, attempt: str, files: dict[str, Any], result: dict[str, Json], seconds: float

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fleet.algebra.delta import Delta, LowRank
-from fleet.algebra.ranks import RankSearch
+from fleet.algebra.ranks import RankSearch, WindowCounts
 from fleet.algebra.sparsify import WHOLE, Drop, Trim, merge_bfloat16, thresholds_of
 from fleet.checkpoint.curvature import Curvature
 from fleet.checkpoint.curvature_tensors import CurvatureOf, read_fisher_rows
@@ -161,19 +161,28 @@ class StreamedFusion:
         return to_stored(self._aligned, place.tensor, base)
 
 
-def task_vector_threshold(aligned: FullModel, model: Model, rank: int, reader: Executor) -> float:
-    """The magnitude of a rank from above, among the entries of a model's task vector in all tensors that it touches."""
+def sample_task_vector(
+    aligned: FullModel, model: Model, tensors: Sequence[str], share: float, reader: Executor
+) -> tuple[torch.Tensor, int]:
+    """About a share of a task vector's entries in some tensors, (m,) float32, and how many there are."""
+    found = _vectors(aligned, model, tensors, reader)
+    parts = [_thinned(tensor.sample().values[""], int(share * tensor.size) + 1) for tensor in found]
+    return torch.cat(parts) if parts else torch.empty(0), sum(tensor.size for tensor in found)
+
+
+def count_task_vector(
+    aligned: FullModel, model: Model, tensors: Sequence[str], counts: WindowCounts, reader: Executor
+) -> None:
+    """Add all entries of a task vector in some tensors."""
+    for tensor in _vectors(aligned, model, tensors, reader):
+        tensor.count([("", counts)])
+
+
+def _vectors(aligned: FullModel, model: Model, tensors: Sequence[str], reader: Executor) -> list[_Tensor]:
+    """Those of the tensors in which the model has a task vector."""
     where = places(aligned.tensors)
-    touched = [_Tensor(aligned, {"": model}, where[name], reader) for name in touched_tensors(model)]
-    tensors = [tensor for tensor in touched if tensor.size]
-    size = sum(tensor.size for tensor in tensors)
-    parts = [_thinned(t.sample().values[""], 16 * SAMPLE_ENTRIES * t.size // size + 1) for t in tensors]
-    search = RankSearch(rank, size, torch.cat(parts))
-    while True:
-        for tensor in tensors:
-            tensor.count([("", search)])
-        if search.finish_pass():
-            return search.value
+    found = [_Tensor(aligned, {"": model}, where[name], reader) for name in tensors]
+    return [tensor for tensor in found if tensor.parts and tensor.size]
 
 
 class _Tensor:
@@ -268,23 +277,23 @@ class _Tensor:
         }
         pending = [(name, search) for name, found in searches.items() for search in found if search is not None]
         while pending:
-            self.count(pending, method)
+            self.count([(name, search.window) for name, search in pending], method)
             pending = [(name, search) for name, search in pending if not search.finish_pass()]
         return {name: [math.inf if s is None else s.value for s in found] for name, found in searches.items()}
 
-    def count(self, searches: Sequence[tuple[str, RankSearch]], method: AnyFusionMethod | None = None) -> None:
-        """Add all entries of each search's score; without a method it is a model's task vector."""
+    def count(self, counts: Sequence[tuple[str, WindowCounts]], method: AnyFusionMethod | None = None) -> None:
+        """Add all entries of each score; without a method it is a model's task vector."""
         of_vectors = method is None or type(method).scores is FusionMethod.scores
         if of_vectors and self.is_bfloat16:
             numbers = {name: number for number, name in enumerate(self.parts, start=1)}
             for _, rows in self._bfloat16_rows([self._base, *self.stored.values()]):
-                for name, search in searches:
-                    search.add_differences(rows[numbers[name]], rows[0])
+                for name, window in counts:
+                    window.add_differences(rows[numbers[name]], rows[0])
             return
         for _, entries in self.entries():
             scores = entries.values if method is None else method.scores(entries)
-            for name, search in searches:
-                search.add(scores[name])
+            for name, window in counts:
+                window.add(scores[name])
 
     def sums(self, method: AnyFusionMethod, thresholds: Thresholds) -> torch.Tensor | None:
         """The method's terms over all entries, if it has any; added up in order."""

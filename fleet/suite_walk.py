@@ -1,12 +1,8 @@
-"""A prompt suite's way through scoring, block by block: complete, cohere, judge, and on until nothing is left.
-
-Pure but for the store it looks into: it says which unit is next, given the units that are done. So whoever continues
-an interrupted run, with any number of replicas, asks for what is missing and for nothing else.
-"""
+"""A prompt suite's way through scoring, block by block: complete, cohere, judge, and on until nothing is left."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from evals.judging import fault
@@ -21,6 +17,7 @@ from fleet.record import UnitRecord, attempt_prefix
 from fleet.scoring import CohereUnit, CompleteUnit, JudgeUnit, Served, SuiteFiles
 from fleet.steps import ScoreStep
 from fleet.store import Store
+from fleet.walk import NextUnit
 
 Phase: TypeAlias = Literal["complete", "cohere", "judge"]
 
@@ -28,15 +25,6 @@ PHASES: tuple[Phase, ...] = ("complete", "cohere", "judge")
 
 COMPLETIONS_VERSION = 1
 """Bumped by hand when the same candidate would be asked otherwise."""
-
-
-@dataclass(frozen=True)
-class NextUnit:
-    """What to do next, and the number its result is kept under."""
-
-    index: int
-    phase: Phase
-    unit: CompleteUnit | CohereUnit | JudgeUnit
 
 
 class SuiteWalk:
@@ -76,6 +64,7 @@ class SuiteWalk:
         self._gates = manifest.gates
         assert step.suite.kind != "task"
         self._limit = self._gates.cap(step.suite.kind)
+        self._aligned = aligned
         self._output = Output(store.uri, attempt_prefix(step, attempt))
         self._spec: dict[str, Json] = {
             "aligned": aligned, "candidate": served.identity, "suite": step.suite.digest, "dtype": evaluation.dtype,
@@ -89,16 +78,25 @@ class SuiteWalk:
             order, size = sorted(range(len(ids)), key=lambda i: ids[i]), evaluation.early_stop.block
             self._blocks = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
 
-    def next(self) -> NextUnit | None:
-        """The unit to do now; None if the suite is through, or decided."""
+    @property
+    def keeps_records(self) -> bool:
+        return True
+
+    def next(self) -> Sequence[NextUnit]:
+        """The unit to do now; none if the suite is through, or decided."""
         for block in range(len(self._blocks)):
             for phase in PHASES:
                 index = block * len(PHASES) + PHASES.index(phase)
                 if index not in self.finished and self._needs(phase, block):
-                    return NextUnit(index, phase, self._unit(phase, block))
+                    return [self._next(index, phase, block)]
             if self._evaluation.early_stop is not None and self._decision(block + 1) != "continue":
-                return None
-        return None
+                return ()
+        return ()
+
+    def result(self) -> dict[str, Json]:
+        """The log's summary."""
+        log, _ = self.log()
+        return log.summary()
 
     def log(self) -> tuple[EvalLog, list[str]]:
         """The whole log, and its files in order; of a suite that is through, or decided."""
@@ -138,6 +136,12 @@ class SuiteWalk:
                 return self._evaluation.coherence is not None and not self._store.list(self._mean_logprobs(block))
             case "judge":
                 return True
+
+    def _next(self, index: int, phase: Phase, block: int) -> NextUnit:
+        candidate = self._aligned if self.served.is_adapter else self.served.identity
+        group = {"complete": candidate, "cohere": self._aligned}.get(phase)
+        work = float(len(self._blocks[block])) if phase == "complete" else 0.0
+        return NextUnit(index, phase, self._unit(phase, block), work, group)
 
     def _unit(self, phase: Phase, block: int) -> CompleteUnit | CohereUnit | JudgeUnit:
         key, evaluation = self._completions(block), self._evaluation

@@ -7,6 +7,8 @@ kilobytes. These are plain classes: `fleet.coordinator` makes Ray actors of them
 
 from __future__ import annotations
 
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 from fleet.algebra.delta import Delta, Dense, LowRank, zero
 from fleet.algebra.factors import Factors
 from fleet.algebra.random_edits import named_generator
+from fleet.algebra.ranks import WindowCounts
 from fleet.algebra.sparsify import WHOLE
 from fleet.algebra.spectral import Triplets, truncated
 from fleet.checkpoint.curvature import Curvature, read_curvature
@@ -47,7 +50,7 @@ from fleet.methods import AnyRealignMethod, Ranks, Somf
 from fleet.outputs import Output, Shard, of_rank, write_adapter, write_shard
 from fleet.record import UnitRecord
 from fleet.store import open_folder
-from fleet.streaming import StreamedFusion, task_vector_threshold
+from fleet.streaming import StreamedFusion, count_task_vector, sample_task_vector
 from fleet.survey import Scratch, StoredDisplacement, SurveyResult, SurveyUnit, stored_displacement, survey
 
 
@@ -103,12 +106,35 @@ class FuseUnit:
 
 
 @dataclass(frozen=True)
-class TrimUnit:
-    """Find the magnitude of one rank in one model's task vector."""
+class SampleUnit:
+    """Draw entries of one model's task vector, spread over some tensors."""
 
     aligned: str
     model: str
-    rank: int
+    tensors: tuple[str, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class CountUnit:
+    """Count the entries of one model's task vector, in some tensors, whose bit patterns are in [low, high)."""
+
+    aligned: str
+    model: str
+    tensors: tuple[str, ...]
+    low: int
+    high: int
+
+
+def packed(values: torch.Tensor) -> str:
+    """(n,) numbers as text, for a record; counts are mostly zeros, and take kilobytes."""
+    return b64encode(zlib.compress(values.numpy().tobytes(), level=1)).decode()
+
+
+def unpacked(text: str, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers again: (n,), of their dtype."""
+    data = zlib.decompress(b64decode(text))
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 @lru_cache(maxsize=256)
@@ -163,11 +189,19 @@ class TensorWorker:
             record = write_shard(unit.output, unit.shard, like, work.pieces)
         return UnitRecord(files=record.files, result={**record.result, "edits": work.edits})
 
-    def trim(self, unit: TrimUnit) -> UnitRecord:
-        """Find what the largest entries of a task vector reach, over all tensors that the model touches."""
+    def sample(self, unit: SampleUnit) -> UnitRecord:
+        """The record holds the sample, packed, and of how many entries it is one."""
+        aligned, model = open_full(unit.aligned), open_model(unit.model)
         with ThreadPoolExecutor(1) as reader:
-            threshold = task_vector_threshold(open_full(unit.aligned), open_model(unit.model), unit.rank, reader)
-        return UnitRecord(result={"threshold": threshold})
+            sample, size = sample_task_vector(aligned, model, unit.tensors, unit.share, reader)
+        return UnitRecord(result={"sample": packed(sample), "size": size})
+
+    def count(self, unit: CountUnit) -> UnitRecord:
+        """The record holds the counts, packed; see `WindowCounts`."""
+        counts = WindowCounts(unit.low, unit.high)
+        with ThreadPoolExecutor(1) as reader:
+            count_task_vector(open_full(unit.aligned), open_model(unit.model), unit.tensors, counts, reader)
+        return UnitRecord(result={"counts": packed(counts.counts)})
 
     def fuse(self, unit: FuseUnit) -> UnitRecord:
         """Write one shard of a fused model, or a whole fused adapter."""

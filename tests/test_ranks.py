@@ -34,7 +34,7 @@ def searched(runs: Sequence[torch.Tensor], rank: int, sample: torch.Tensor | Non
     for passes in range(1, MAX_PASSES + 1):
         assert math.isnan(search.value)
         for run in runs:
-            search.add(run)
+            search.window.add(run)
         if search.finish_pass():
             return search.value, passes
     raise AssertionError(f"no value after {MAX_PASSES} passes")
@@ -196,10 +196,10 @@ def test_rank_of_several_workers_counts_added_up_is_the_wholes(
     searches = [RankSearch(rank, values.numel(), sample) for _ in sizes]
     for _ in range(MAX_PASSES):
         for search, part in zip(searches, values.split(sizes), strict=True):
-            search.add(part)
-        total = torch.stack([search.counts for search in searches]).sum(dim=0)
+            search.window.add(part)
+        total = torch.stack([search.window.counts for search in searches]).sum(dim=0)
         for search in searches:
-            search.counts.copy_(total)
+            search.window.counts.copy_(total)
         done = {search.finish_pass() for search in searches}
         assert len(done) == 1
         if done == {True}:

@@ -16,7 +16,8 @@ from fleet.plan import Plan, make_plan
 from fleet.record import FileEntry, UnitRecord, attempt_prefix
 from fleet.scoring import CohereUnit, CompleteUnit, JudgeUnit, Served, SuiteFiles
 from fleet.steps import ScoreStep
-from fleet.suite_walk import NextUnit, SuiteWalk
+from fleet.suite_walk import SuiteWalk
+from fleet.walk import NextUnit
 from tests.catalogue import manifest_document, write_manifest
 
 NUM_PROMPTS = 100
@@ -66,10 +67,11 @@ class Night:
     def go(self, walk: SuiteWalk, most: int = 1000) -> list[str]:
         """The phases that were asked for, until there is nothing left or `most` were."""
         phases: list[str] = []
-        while len(phases) < most and (coming := walk.next()) is not None:
+        while len(phases) < most and (units := walk.next()):
+            (coming,) = units
             self.asked.append(coming)
             walk.finished[coming.index] = self.done(coming)
-            phases.append(coming.phase)
+            phases.append(coming.method)
         return phases
 
     def done(self, coming: NextUnit) -> UnitRecord:

@@ -20,6 +20,31 @@ _DEVIATIONS = 3.0
 """How many standard errors of the sample's rank the first window reaches to each side."""
 
 
+class WindowCounts:
+    """How many numbers lie in each bin of a window of bit patterns, [low, high), and above it."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.shift = max(math.ceil(math.log2(max(high - low, 1) / _BINS)), 0)
+        """A bin is 2^shift patterns wide."""
+        self.counts = torch.zeros(((high - low - 1) >> self.shift) + 2, dtype=torch.int64)
+        """Of each bin, and last of what lies above the window; what is added up over workers."""
+
+    def add(self, values: torch.Tensor) -> None:
+        """Count some of the numbers: any shape, float32; their magnitudes count."""
+        from fleet.algebra.kernels import count_window
+
+        bits = values.reshape(-1).view(torch.int32)
+        count_window(bits.numpy(), self.low, self.high, self.shift, self.counts.numpy())
+
+    def add_differences(self, values: torch.Tensor, base: torch.Tensor) -> None:
+        """The same of `values − base`, float32, of numbers in bfloat16; both (n,)."""
+        from fleet.algebra.kernels import count_differences
+
+        value_bits, base_bits = (row.view(torch.uint16).numpy() for row in (values, base))
+        count_differences(value_bits, base_bits, self.low, self.high, self.shift, self.counts.numpy())
+
+
 class RankSearch:
     """The search for the value of one rank, from above.
 
@@ -33,42 +58,25 @@ class RankSearch:
         self._rank = rank
         self.value = math.nan
         """Once it is found."""
-        self._window(*(_around(rank / size, sample) if sample is not None and sample.numel() else (0, _PATTERNS)))
-
-    def _window(self, low: int, high: int) -> None:
-        self._low, self._high = low, high
-        self._shift = max(math.ceil(math.log2(max(high - low, 1) / _BINS)), 0)
-        self.counts = torch.zeros(((high - low - 1) >> self._shift) + 2, dtype=torch.int64)
-        """Of each bin of the window, and last of what lies above it; what is added up over workers."""
-
-    def add(self, values: torch.Tensor) -> None:
-        """Count some of the numbers: any shape, float32; their magnitudes count."""
-        from fleet.algebra.kernels import count_window
-
-        bits = values.reshape(-1).view(torch.int32)
-        count_window(bits.numpy(), self._low, self._high, self._shift, self.counts.numpy())
-
-    def add_differences(self, values: torch.Tensor, base: torch.Tensor) -> None:
-        """The same of `values − base`, float32, of numbers in bfloat16; both (n,)."""
-        from fleet.algebra.kernels import count_differences
-
-        value_bits, base_bits = (row.view(torch.uint16).numpy() for row in (values, base))
-        count_differences(value_bits, base_bits, self._low, self._high, self._shift, self.counts.numpy())
+        bounds = _around(rank / size, sample) if sample is not None and sample.numel() else (0, _PATTERNS)
+        self.window = WindowCounts(*bounds)
+        """What all numbers are to be added to in this pass."""
 
     def finish_pass(self) -> bool:
-        """Whether the value is known, now that all numbers have been counted; if not, they are to be added again."""
-        above = int(self.counts[-1])
+        """Whether the value is known, now that all numbers have been counted; if not, a new window waits for them."""
+        window = self.window
+        above = int(window.counts[-1])
         if self._rank <= above:
-            self._window(self._high, _PATTERNS)
+            self.window = WindowCounts(window.high, _PATTERNS)
             return False
-        from_top = self.counts[:-1].flip(0).cumsum(0)
+        from_top = window.counts[:-1].flip(0).cumsum(0)
         if self._rank > above + int(from_top[-1]):
-            self._window(0, self._low)
+            self.window = WindowCounts(0, window.low)
             return False
-        index = self.counts.numel() - 2 - int(torch.searchsorted(from_top, self._rank - above))
-        low = self._low + (index << self._shift)
-        if self._shift:
-            self._window(low, min(low + (1 << self._shift), self._high))
+        index = window.counts.numel() - 2 - int(torch.searchsorted(from_top, self._rank - above))
+        low = window.low + (index << window.shift)
+        if window.shift:
+            self.window = WindowCounts(low, min(low + (1 << window.shift), window.high))
             return False
         self.value = float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
         return True
