@@ -3,7 +3,7 @@
 The demo fleet: its base models and its six fine-tuned ones, each on two prompt suites and six tasks. In turns, each in
 a process of its own:
 
-- `ours`: `fleet.scoring.ScoringWorker` as the coordinator drives it, 16 candidates at once where they share weights;
+- `ours`: the workers of `fleet.scoring` as the coordinator drives them, 16 candidates at once where they share weights;
   completed, their coherence measured, judged, and logged.
 - `floor`: one engine that is asked all of it in one `generate`: the same prompts, as many new tokens each, no adapters,
   nothing measured, nothing judged.

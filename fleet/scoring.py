@@ -76,7 +76,8 @@ class CompleteUnit:
     suite: SuiteFiles
     indices: tuple[int, ...]
     store: str
-    key: str
+    completions: str
+    """Key of what is said."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class CohereUnit:
     completions: str
     """Key of the unjudged log."""
     chat: bool
-    key: str
-    """Of the mean log probability per token of each, in nats, in the store."""
+    mean_logprobs: str
+    """Key of what is found: per completion its mean log probability per token, in nats."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class ScoringWorker:
         with self._replica.serving(self._candidate(unit.served)) as session:
             samples = complete(session, suite, unit.indices)
         data = write_samples(samples, self._origin(unit.served, suite))
-        open_store(unit.store).create(unit.key, data)
+        open_store(unit.store).create(unit.completions, data)
         return UnitRecord(result={"num_tokens": sum(s.num_tokens or 0 for s in samples)})
 
     def cohere(self, unit: CohereUnit) -> UnitRecord:
@@ -165,7 +166,7 @@ class ScoringWorker:
         samples = read_samples(_get(unit.store, unit.completions))
         with self._replica.serving(_resident(self._replica)) as session:
             means = mean_logprobs(session, samples, unit.chat)
-        open_store(unit.store).create(unit.key, json.dumps(means).encode())
+        open_store(unit.store).create(unit.mean_logprobs, json.dumps(means).encode())
         return UnitRecord()
 
     def _origin(self, served: Served, suite: Suite) -> Origin:
@@ -204,7 +205,10 @@ class JudgingWorker:
 
     def __init__(self, scratch: str, model: str | None = None, options: EngineOptions | None = None) -> None:
         self._scratch = Path(scratch)
-        self._replica = _replica(self._scratch, model, options) if model is not None and options is not None else None
+        self._replica = None
+        if model is not None:
+            assert options is not None, "a judge model has an engine"
+            self._replica = _replica(self._scratch, model, options)
 
     def ready(self) -> bool:
         """True once the engine is up, if there is one."""

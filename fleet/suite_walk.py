@@ -24,7 +24,7 @@ Phase: TypeAlias = Literal["complete", "cohere", "judge"]
 PHASES: tuple[Phase, ...] = ("complete", "cohere", "judge")
 
 COMPLETIONS_VERSION = 1
-"""Bumped by hand when the same candidate would be asked otherwise."""
+"""Bumped by hand when the same candidate would be asked otherwise, or the likelihood of what it said measured so."""
 
 
 class SuiteWalk:
@@ -54,9 +54,9 @@ class SuiteWalk:
         attempt: str,
         finished: dict[int, UnitRecord],
     ) -> None:
-        self.step = step
+        self._step = step
         self.finished = finished
-        self.served = served
+        self._served = served
         self._suite = suite
         self._evaluation = evaluation = manifest.evaluation
         self._judge_settings = judge_settings
@@ -85,25 +85,22 @@ class SuiteWalk:
     def next(self) -> Sequence[NextUnit]:
         """The unit to do now; none if the suite is through, or decided."""
         for block in range(len(self._blocks)):
-            for phase in PHASES:
-                index = block * len(PHASES) + PHASES.index(phase)
-                if index not in self.finished and self._needs(phase, block):
-                    return [self._next(index, phase, block)]
+            if _index(block, "judge") not in self.finished:
+                return [self._next(block)]
             if self._evaluation.early_stop is not None and self._decision(block + 1) != "continue":
                 return ()
         return ()
 
     def result(self) -> dict[str, Json]:
         """The log's summary."""
-        log, _ = self.log()
-        return log.summary()
+        return self.log().summary()
 
-    def log(self) -> tuple[EvalLog, list[str]]:
-        """The whole log, and its files in order; of a suite that is through, or decided."""
+    def log(self) -> EvalLog:
+        """Of a suite that is through, or decided."""
         files = [name for index in sorted(self.finished) for name in self.finished[index].files]
         parts = [self._store.read(f"{self._output.prefix}/{name}") or b"" for name in files]
         samples = [sample for part in parts for sample in read_samples(part)]
-        suite, evaluation = self.step.suite, self._evaluation
+        suite, evaluation = self._step.suite, self._evaluation
         settings: dict[str, Any] = {
             "chat": suite.chat,
             "max_tokens": suite.max_tokens,
@@ -116,7 +113,7 @@ class SuiteWalk:
                 "limit": self._limit,
                 "confidence": self._gates.confidence,
             }
-        log = EvalLog(
+        return EvalLog(
             suite=suite.name,
             suite_digest=suite.digest,
             kind=suite.kind,
@@ -125,55 +122,41 @@ class SuiteWalk:
             settings=settings,
             samples=tuple(samples),
         )
-        return log, files
 
-    def _needs(self, phase: Phase, block: int) -> bool:
-        """Whether anything is to be done: what was said before is used again, whoever judged it then."""
-        match phase:
-            case "complete":
-                return not self._store.list(self._completions(block))
-            case "cohere":
-                return self._evaluation.coherence is not None and not self._store.list(self._mean_logprobs(block))
-            case "judge":
-                return True
-
-    def _next(self, index: int, phase: Phase, block: int) -> NextUnit:
-        candidate = self._aligned if self.served.is_adapter else self.served.identity
-        group = {"complete": candidate, "cohere": self._aligned}.get(phase)
-        work = float(len(self._blocks[block])) if phase == "complete" else 0.0
-        return NextUnit(index, phase, self._unit(phase, block), work, group)
-
-    def _unit(self, phase: Phase, block: int) -> CompleteUnit | CohereUnit | JudgeUnit:
-        key, evaluation = self._completions(block), self._evaluation
-        match phase:
-            case "complete":
-                return CompleteUnit(self.served, self._suite, self._blocks[block], self._store.uri, key)
-            case "cohere":
-                return CohereUnit(self._store.uri, key, self.step.suite.chat, self._mean_logprobs(block))
-            case "judge":
-                return JudgeUnit(
-                    candidate=self.served.name,
-                    suite=self._suite,
-                    judge=evaluation.judge,
-                    settings=self._judge_settings,
-                    coherence=evaluation.coherence,
-                    completions=key,
-                    mean_logprobs=self._mean_logprobs(block) if evaluation.coherence is not None else None,
-                    output=self._output,
-                    file=f"samples-{block:05d}.parquet",
-                )
-
-    def _completions(self, block: int) -> str:
-        return f"completions/{self._digest(block)}.parquet"
-
-    def _mean_logprobs(self, block: int) -> str:
-        return f"completions/{self._digest(block)}.logprobs.json"
+    def _next(self, block: int) -> NextUnit:
+        """What a block lacks: what was said before is used again, whoever judged it then."""
+        folder = f"completions/{self._digest(block)}"
+        key, means = f"{folder}/samples.parquet", f"{folder}/logprobs.json"
+        found, evaluation, served = self._store.list(f"{folder}/"), self._evaluation, self._served
+        if key not in found:
+            unit = CompleteUnit(served, self._suite, self._blocks[block], self._store.uri, key)
+            group = self._aligned if served.is_adapter else served.identity
+            return NextUnit(_index(block, "complete"), "complete", unit, float(len(self._blocks[block])), group)
+        if evaluation.coherence is not None and means not in found:
+            unit = CohereUnit(self._store.uri, key, self._step.suite.chat, means)
+            return NextUnit(_index(block, "cohere"), "cohere", unit, 0.0, self._aligned)
+        unit = JudgeUnit(
+            candidate=served.name,
+            suite=self._suite,
+            judge=evaluation.judge,
+            settings=self._judge_settings,
+            coherence=evaluation.coherence,
+            completions=key,
+            mean_logprobs=means if evaluation.coherence is not None else None,
+            output=self._output,
+            file=f"samples-{block:05d}.parquet",
+        )
+        return NextUnit(_index(block, "judge"), "judge", unit, 0.0)
 
     def _digest(self, block: int) -> str:
         return digest(self._spec | {"prompts": [*self._blocks[block]]}).removeprefix("sha256:")[:KEY_DIGITS]
 
     def _decision(self, num_blocks: int) -> Decision:
         """What the scores of the first blocks allow to be said of the cap."""
-        last = range(PHASES.index("judge"), num_blocks * len(PHASES), len(PHASES))
-        faults: list[Any] = [fault for index in last for fault in self.finished[index].result["faults"]]  # type: ignore[union-attr]
+        judged = [self.finished[_index(block, "judge")].result for block in range(num_blocks)]
+        faults: list[Any] = [fault for result in judged for fault in result["faults"]]  # type: ignore[union-attr]
         return decide(faults, self._limit, self._gates.confidence)
+
+
+def _index(block: int, phase: Phase) -> int:
+    return block * len(PHASES) + PHASES.index(phase)

@@ -76,7 +76,7 @@ class NotingWorker(ScoringWorker):
         mark = notes / "deadly"
         tonight = read_notes(notes)[int(mark.read_text()) :] if mark.exists() else []
         is_second = any(note.method == "complete" and note.candidate == unit.served.name for note in tonight)
-        note(self, "complete", unit.served.name, unit.key, len(unit.indices))
+        note(self, "complete", unit.served.name, unit.completions, len(unit.indices))
         record = super().complete(unit)
         if is_second:
             mark.unlink()
@@ -116,7 +116,9 @@ class KeptPool(Pool):
 
     def settle(self, ref: ObjectRef[Any]) -> list[Outcome]:
         outcomes = super().settle(ref)
-        self.answered.update(o.task.unit.key for o in outcomes if o.task.method == "complete" and o.error is None)
+        self.answered.update(
+            o.task.unit.completions for o in outcomes if o.task.method == "complete" and o.error is None
+        )
         return outcomes
 
     def close(self) -> None:
@@ -350,9 +352,12 @@ def test_replica_killed_in_the_middle_of_a_suite_leaves_the_same_logs(
     assert not (engines.notes / "deadly").exists()
 
     assert [s.key for s in plan.steps] == [s.key for s in night.plan.steps]
-    completions = {key: plan.store.read(key) for key in plan.store.list("completions/") if key.endswith(".parquet")}
-    expected_keys = {note.key for note in night.notes if note.method == "complete"}
-    assert completions == {key: night.plan.store.read(key) for key in expected_keys}
+    made, undisturbed = ({k: p.store.read(k) for k in p.store.list("completions/")} for p in (plan, night.plan))
+    expected = {n.key: undisturbed[n.key] for n in night.notes if n.method == "complete"}
+    assert {key: data for key, data in made.items() if key.endswith(".parquet")} == expected
+    assert {key for key in made if key.endswith(".json")} == {
+        n.key.replace("samples.parquet", "logprobs.json") for n in night.notes if n.method == "cohere"
+    }
     files, expected = files_of(plan, result), files_of(night.plan, night.result)
     assert files.keys() == expected.keys()
     for name, data in files.items():

@@ -76,7 +76,7 @@ class Night:
 
     def done(self, coming: NextUnit) -> UnitRecord:
         match coming.unit:
-            case CompleteUnit(indices=indices, key=key):
+            case CompleteUnit(indices=indices, completions=key):
                 samples = [
                     Sample(
                         id=str(i), prompt=f"p{i}", input="", completion="", target="", score=None, label="", reason=""
@@ -85,7 +85,7 @@ class Night:
                 ]
                 self.plan.store.create(key, write_samples(samples, ORIGIN))
                 return UnitRecord()
-            case CohereUnit(key=key):
+            case CohereUnit(mean_logprobs=key):
                 self.plan.store.create(key, b"[-1.0]")
                 return UnitRecord()
             case JudgeUnit(completions=key, file=file):
@@ -108,9 +108,10 @@ def test_walk_without_early_stop_asks_every_prompt_in_one_block(catalogue: Path,
     first, second, last = (coming.unit for coming in night.asked)
     assert isinstance(first, CompleteUnit) and first.indices == tuple(range(NUM_PROMPTS))
     assert isinstance(second, CohereUnit) and isinstance(last, JudgeUnit)
-    assert (second.completions, second.key) == (last.completions, last.mean_logprobs)
-    log, files = walk.log()
-    assert (len(log.samples), log.rate.numerator, files) == (NUM_PROMPTS, 0.0, ["samples-00000.parquet"])
+    assert (second.completions, second.mean_logprobs) == (last.completions, last.mean_logprobs)
+    log = walk.log()
+    assert (len(log.samples), log.rate.numerator) == (NUM_PROMPTS, 0.0)
+    assert [*walk.finished[night.asked[-1].index].files] == ["samples-00000.parquet"]
 
 
 def test_walk_without_coherence_does_not_ask_for_it(catalogue: Path, tmp_path: Path, suites: Path) -> None:
@@ -138,6 +139,16 @@ def test_walk_of_another_judge_asks_the_judge_alone(catalogue: Path, tmp_path: P
     assert night.go(night.walk(attempt="b")) == ["judge"]
 
 
+def test_walk_whose_completions_were_swept_asks_for_them_again(catalogue: Path, tmp_path: Path, suites: Path) -> None:
+    """A unit's record is no proof of an object that is no longer there."""
+    for most in (1, 2):
+        night = Night(plan_with(catalogue, tmp_path, suites), 0.0)
+        night.go(night.walk(), most=most)
+        shutil.rmtree(Path(night.plan.store.uri, "completions"))
+        assert night.go(night.walk(night.finished)) == ["complete", "cohere", "judge"]
+        shutil.rmtree(Path(night.plan.store.uri, "completions"))
+
+
 @pytest.mark.parametrize(
     ("score", "coherent", "decision"), [(0.0, True, "accept"), (1.0, True, "reject"), (0.0, False, "reject")]
 )
@@ -147,7 +158,7 @@ def test_walk_with_early_stop_ends_once_the_cap_is_decided(
     night = Night(plan_with(catalogue, tmp_path, suites, early_stop={"block": 20}), score, coherent)
     walk = night.walk()
     night.go(walk)
-    log, _ = walk.log()
+    log = walk.log()
     blocks = [u.unit.indices for u in night.asked if isinstance(u.unit, CompleteUnit)]
     asked = [i for block in blocks for i in block]
     assert log.settings["early_stop"]["decision"] == decision
