@@ -165,9 +165,11 @@ def sample_task_vector(
     aligned: FullModel, model: Model, tensors: Sequence[str], share: float, reader: Executor
 ) -> tuple[torch.Tensor, int]:
     """About a share of a task vector's entries in some tensors, (m,) float32, and how many there are."""
-    found = _vectors(aligned, model, tensors, reader)
-    parts = [_thinned(tensor.sample().values[""], int(share * tensor.size) + 1) for tensor in found]
-    return torch.cat(parts) if parts else torch.empty(0), sum(tensor.size for tensor in found)
+    parts, size = [torch.empty(0)], 0
+    for tensor in _vectors(aligned, model, tensors, reader):
+        parts.append(_thinned(tensor.sample().values[""], int(share * tensor.size) + 1))
+        size += tensor.size
+    return torch.cat(parts), size
 
 
 def count_task_vector(
@@ -178,11 +180,11 @@ def count_task_vector(
         tensor.count([("", counts)])
 
 
-def _vectors(aligned: FullModel, model: Model, tensors: Sequence[str], reader: Executor) -> list[_Tensor]:
-    """Those of the tensors in which the model has a task vector."""
-    where = places(aligned.tensors)
-    found = [_Tensor(aligned, {"": model}, where[name], reader) for name in tensors]
-    return [tensor for tensor in found if tensor.parts and tensor.size]
+def _vectors(aligned: FullModel, model: Model, tensors: Sequence[str], reader: Executor) -> Iterator[_Tensor]:
+    """Those of the tensors in which the model has a task vector, one by one: what a DoRA changes is held whole."""
+    where, touched = places(aligned.tensors), frozenset(touched_tensors(model))
+    found = (_Tensor(aligned, {"": model}, where[name], reader) for name in tensors if name in touched)
+    return (tensor for tensor in found if tensor.size)
 
 
 class _Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -53,7 +54,9 @@ class TrimWalk:
 
     @property
     def keeps_records(self) -> bool:
-        return True
+        """No: what they say depends on how tensors are shared out and on the windows, which are in no identity. All of
+        it is one read of the model, which a run that is interrupted does again."""
+        return False
 
     def next(self) -> Sequence[NextUnit]:
         """The units of the first round that lacks some."""
@@ -64,6 +67,7 @@ class TrimWalk:
         return ()
 
     def result(self) -> dict[str, Json]:
+        assert not math.isnan(self._threshold)
         return {"threshold": self._threshold}
 
     def _indices(self, number: int) -> range:
@@ -81,17 +85,18 @@ class TrimWalk:
     def _windows(self) -> Iterator[WindowCounts | None]:
         """What each round counts in; the first draws a sample. To be asked for the next, a round has to be done."""
         yield None
-        found = [self.finished[index].result for index in self._indices(0)]
-        size, rank = sum(int(str(result["size"])) for result in found), self._step.rank
+        found: list[Any] = [self.finished[index].result for index in self._indices(0)]
+        size, rank = sum(result["size"] for result in found), self._step.rank
         if rank > size:  # among the zeros of tensors that a realigned adapter has no longer
             self._threshold = 0.0
             return
-        search = RankSearch(rank, size, torch.cat([unpacked(str(r["sample"]), torch.float32) for r in found]))
+        search = RankSearch(rank, size, torch.cat([unpacked(result["sample"], torch.float32) for result in found]))
         number = 1
         while True:
             yield search.window
             for index in self._indices(number):
-                search.window.counts += unpacked(str(self.finished[index].result["counts"]), torch.int64)
+                counted: Any = self.finished[index].result["counts"]
+                search.window.counts += unpacked(counted, torch.int64)
             if search.finish_pass():
                 self._threshold = search.value
                 return

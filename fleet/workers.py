@@ -127,7 +127,7 @@ class CountUnit:
 
 
 def packed(values: torch.Tensor) -> str:
-    """(n,) numbers as text, for a record; counts are mostly zeros, and take kilobytes."""
+    """(n,) numbers as text, for a record; a window's counts are small numbers, and take some 100 kB."""
     return b64encode(zlib.compress(values.numpy().tobytes(), level=1)).decode()
 
 

@@ -97,16 +97,20 @@ def test_trim_reads_everything_once_after_a_sample(monkeypatch: pytest.MonkeyPat
     assert walk.result() == {"threshold": float(magnitudes[699])}
 
 
-def test_trim_interrupted_anywhere_asks_for_the_rest_alone() -> None:
+def test_trim_asks_for_what_is_missing_of_a_round_alone() -> None:
+    """Workers are done in any order, and one that died leaves a hole."""
     aligned, model, magnitudes = made(torch.bfloat16)
     whole = walk_of(aligned, 700, 1, {})
-    units = [unit for found in walked(whole, aligned, model) for unit in found]
-    for missing in range(len(units)):
-        kept = {unit.index: whole.finished[unit.index] for unit in units[:missing]}
-        walk = walk_of(aligned, 700, 1, dict(kept))
-        asked = [unit for found in walked(walk, aligned, model) for unit in found]
-        assert [unit.index for unit in asked] == [unit.index for unit in units[missing:]]
-        assert walk.result() == {"threshold": float(magnitudes[699])}
+    rounds = walked(whole, aligned, model)
+    assert len(rounds) > 1
+    for number, units in enumerate(rounds):
+        before = {unit.index for found in rounds[:number] for unit in found}
+        for missing in units:
+            kept = before | {unit.index for unit in units} - {missing.index}
+            walk = walk_of(aligned, 700, 1, {index: whole.finished[index] for index in kept})
+            assert walk.next() == [missing]
+            walked(walk, aligned, model)
+            assert walk.result() == {"threshold": float(magnitudes[699])}
 
 
 def test_trim_of_a_misleading_sample_counts_again() -> None:
