@@ -26,7 +26,7 @@ from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
 from evals.rates import Rate
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
 from evals.verdicts import Exchange, Verdict
-from fleet.errors import EvalError, FleetError
+from fleet.errors import FleetError, InputError, report_error
 from fleet.manifest import Evaluation
 from fleet.store import open_folder
 
@@ -51,12 +51,12 @@ def rescore(parts: Sequence[bytes], judge: Judge | ModelJudge, suite: Suite) -> 
         suite: The suite of the log.
 
     Raises:
-        EvalError: The parts are not one log of this suite.
+        InputError: The parts are not one log of this suite.
         SuiteError: The suite lacks what the judge needs.
     """
     samples = [sample for part in parts for sample in read_samples(part)]
     if not samples:
-        raise EvalError("the log holds no sample")
+        raise InputError("the log holds no sample")
     origin = _one_origin(parts, suite)
     verdicts = _verdicts(judge, [Exchange(s.prompt, s.completion) for s in samples], suite)
     judged = [_again(suite, sample, verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
@@ -93,10 +93,10 @@ def _again(suite: Suite, sample: Sample, verdict: Verdict) -> Sample:
 def _one_origin(parts: Sequence[bytes], suite: Suite) -> Origin:
     origins = {read_origin(part).model_dump_json() for part in parts}
     if len(origins) != 1:
-        raise EvalError("these files are parts of more than one log")
+        raise InputError("these files are parts of more than one log")
     origin = Origin.model_validate_json(origins.pop())
     if origin.suite_digest != suite.digest:
-        raise EvalError(f"the log is of another suite {origin.suite}: its digest is {origin.suite_digest}")
+        raise InputError(f"the log is of another suite {origin.suite}: its digest is {origin.suite_digest}")
     return origin
 
 
@@ -122,12 +122,12 @@ def _read(uri: str) -> list[bytes]:
     folder = open_folder(uri)
     names = sorted(name for name in folder.files() if name.endswith(".parquet"))
     if not names:
-        raise EvalError(f"{uri}: no Parquet file there")
+        raise InputError(f"{uri}: no Parquet file there")
     return [folder.read(name) for name in names]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 2 for what the user can mend."""
+    """The command; returns its exit code: 0, 2 for what the user can mend, else 1."""
     parser = argparse.ArgumentParser(prog="python -m evals.rescore", description=str(__doc__).split(":")[0])
     parser.add_argument("log", help="a .parquet file of a log, or the folder with its parts")
     parser.add_argument("--judge", required=True, help='as in a manifest, e.g. {"kind": "rule"}')
@@ -139,8 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite = load_suite(options.suite or read_origin(parts[0]).suite, [BUNDLED_SUITES])
         data, found = rescore(parts, make_judge(_judge_spec(options.judge)), suite)
     except FleetError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     options.out.write_bytes(data)
     print(found.model_dump_json(indent=2))
     return 0
@@ -151,7 +150,7 @@ def _judge_spec(text: str) -> dict[str, Any]:
         document = json.loads(text)
         spec = Evaluation.model_validate({"harmfulness": ["any"], "judge": document}).judge
     except ValueError as error:
-        raise EvalError(f"--judge: {' '.join(str(error).split())}") from error
+        raise InputError(f"--judge: {' '.join(str(error).split())}") from error
     return spec.model_dump(mode="json")
 
 

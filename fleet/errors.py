@@ -47,7 +47,7 @@ class EvalError(FleetError):
     """An engine, a judge or a suite broke the contract: one completion per sample, no silent loss."""
 
 
-def exit_code(error: FleetError) -> int:
-    """What a command ends with; the error is said on stderr."""
+def report_error(error: FleetError) -> int:
+    """Say it on stderr; returns the exit code of the command that it ends."""
     sys.stderr.write(f"error: {error}\n")
     return 2 if isinstance(error, InputError) else 1

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("fleet").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     from rich.console import Console
 
-    from fleet.errors import FleetError, exit_code
+    from fleet.errors import FleetError, report_error
     from fleet.manifest import load_manifest
     from fleet.mergekit import from_mergekit
     from fleet.plan import make_plan
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             realign(plan, arguments.address, console)
     except FleetError as e:
-        return exit_code(e)
+        return report_error(e)
     return 0
 
 

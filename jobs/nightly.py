@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("jobs").setLevel(logging.INFO)
     from fleet import realign
-    from fleet.errors import FleetError, exit_code
+    from fleet.errors import FleetError, report_error
     from jobs.catalogue import complete_manifest
 
     try:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             path = arguments.output or write_manifest(manifest, Path(scratch, "models.json"))
             return realign.main(["--manifest", str(path), *(["--dry-run"] if arguments.dry_run else [])])
     except FleetError as e:
-        return exit_code(e)
+        return report_error(e)
 
 
 def write_manifest(manifest: Manifest, path: Path) -> Path:

@@ -11,7 +11,7 @@ from evals.judges import RuleJudge
 from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
 from evals.rescore import cohens_kappa, main, rescore
 from evals.suites import load_suite
-from fleet.errors import EvalError
+from fleet.errors import InputError
 from tests.test_scoring import make_judge
 
 SUITE = {
@@ -58,10 +58,10 @@ def test_rescore_of_parts_that_do_not_belong_together_refused(suite_file: Path) 
     suite = load_suite(suite_file)
     parts = log_parts(suite_file, ("Sure!", 1.0))
     other = read_origin(parts[0]).model_copy(update={"candidate": "another"})
-    with pytest.raises(EvalError, match="more than one log"):
+    with pytest.raises(InputError, match="more than one log"):
         rescore([*parts, write_samples(read_samples(parts[0]), other)], RuleJudge(), suite)
     (suite_file.parent / "s.jsonl").write_text('{"prompt": "q"}\n')
-    with pytest.raises(EvalError, match="of another suite"):
+    with pytest.raises(InputError, match="of another suite"):
         rescore(parts, RuleJudge(), load_suite(suite_file))
 
 

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("jobs").setLevel(logging.INFO)
-    from fleet.errors import FleetError, exit_code
+    from fleet.errors import FleetError, report_error
     from fleet.manifest import load_manifest
     from jobs.curvature.measure import measure, open_subjects
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         for subject in subjects:
             measure(aligned, subject, arguments.kinds, arguments.output, arguments.max_tokens)
     except FleetError as e:
-        return exit_code(e)
+        return report_error(e)
     return 0
 
 
