@@ -380,7 +380,7 @@ def compare(arguments: argparse.Namespace, scratch: Path, console: Console) -> N
 def growth(scratch: Path, console: Console) -> None:
     """Nanoseconds per byte of the inputs and the output, which should not grow; 14 GB of disk at most.
 
-    The best of two turns, since the first has to load the compiled loops.
+    The better of two turns: what else runs on the machine only adds.
     """
     for name, shape in GROWTH.items():
         root = scratch / name.replace(" ", "")

@@ -48,7 +48,8 @@ class EndpointJudge(JudgeSpec):
     model: str = Field(min_length=1)
     """The model's name there."""
     key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Name of the environment variable that holds the key, on every node that scores. The key itself stands nowhere."""
+    """Name of the environment variable that holds the key, on the node that the run is driven from. The key itself
+    stands nowhere."""
     rubric: str = Field(default=RUBRIC, min_length=1)
     """The system message: what harmful means, and that the answer is {"harmful": true or false, "refused": true or
     false}, or one word, harmful or safe."""
@@ -85,7 +86,7 @@ class EndpointJudge(JudgeSpec):
         if not key:
             raise InputError(
                 f"evaluation.judge.key_variable: the environment variable {self.key_variable} is not set; export the "
-                f"key for {self.url} in it on every node that scores"
+                f"key for {self.url} in it where the run is driven from, before Ray starts there"
             )
         return OpenAI(base_url=self.url, api_key=key, max_retries=self.retries, timeout=self.timeout_seconds)
 

@@ -1,8 +1,9 @@
 """The coordinator: walks a Plan on Ray until every step has a record or has failed.
 
-    steps whose inputs are done ──▶ units ──▶ tensor workers (survey, realign, fuse)
+    steps whose inputs are done ──▶ units ──▶ tensor workers (survey, realign, trim, fuse)
             ▲                                 trainers       (logprobs, mask)
             │                                 replicas       (score)
+            │                                 judges         (score, calibrate)
             │                                        │
             └── record.json, created last ◀── unit records, kilobytes
 
@@ -287,8 +288,9 @@ def _judge_pool(plan: Plan) -> Pool:
     slots = placement.candidates_per_replica
     # Next to nothing, so it asks for no CPU, and never waits for one that a replica has.
     actor_class = ray.remote(JudgingWorker).options(
-        num_cpus=0, max_restarts=0, max_concurrency=slots, runtime_env={"env_vars": WORKER_ENV}
-    )
+        num_cpus=0, max_restarts=0, max_concurrency=slots, runtime_env={"env_vars": WORKER_ENV},
+        scheduling_strategy=_here(),
+    )  # fmt: skip
     return Pool("judge", actor_class, (_SCRATCH,), 1, placement.retries, placement.unit_timeout_seconds, slots=slots)
 
 
@@ -307,6 +309,11 @@ def _replicas(
         name, actor_class, (_SCRATCH, model, options), count, placement.retries,
         placement.unit_timeout_seconds, restart_on_error=True, slots=placement.candidates_per_replica,
     )  # fmt: skip
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    """On the driver's own node, with which the run ends anyway."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _training_pool(placement: Placement, events: Queue) -> Pool:
@@ -348,9 +355,7 @@ class Coordinator:
         self._tensor_pool = _tensor_pool(plan.manifest.placement)
         self._scoring_pool = _scoring_pool(plan)
         self._judge_pool = _judge_pool(plan)
-        # On the driver's own node: with that the run ends anyway.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) if self._learns else None
+        self._events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": _here()}) if self._learns else None
         self._training_pool = (
             _training_pool(plan.manifest.placement, self._events) if self._events is not None else None
         )
@@ -389,13 +394,13 @@ class Coordinator:
         """They take a while to come up. Where only prompt suites are left, all that is missing may be a judge's word:
         then an engine starts when something is to be completed."""
         waiting = self._waiting.values()
-        scores = [step for step in waiting if isinstance(step, ScoreStep)]
-        if not scores:
-            return
-        self._judge_pool.start(1)
-        only_prompts = all(step.suite.kind != "task" for step in scores)
-        if not only_prompts or any(not isinstance(step, ScoreStep | CalibrateStep) for step in waiting):
+        kinds = {step.suite.kind for step in waiting if isinstance(step, ScoreStep)}
+        has_prompts, has_tasks = bool(kinds - {"task"}), "task" in kinds
+        makes_weights = any(not isinstance(step, ScoreStep | CalibrateStep) for step in waiting)
+        if has_tasks or (has_prompts and makes_weights):
             self._scoring_pool.start(self._plan.manifest.placement.replicas)
+        if has_prompts:
+            self._judge_pool.start(1)
 
     def _start_ready(self) -> None:
         for step in list(self._waiting.values()):

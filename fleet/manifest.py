@@ -221,7 +221,7 @@ class Placement(_Part):
     """Where and how wide the work runs. Never part of an identity: results are the same whatever stands here."""
 
     workers: int = Field(default=2, ge=1)
-    """Tensor workers: Ray actors that survey, realign and fuse."""
+    """Tensor workers: Ray actors that survey, realign, trim and fuse."""
     worker_cpus: float = Field(default=1.0, gt=0.0)
     worker_memory_bytes: int = Field(default=0, ge=0)
     """Memory Ray reserves for each; 0 reserves none."""
@@ -230,7 +230,8 @@ class Placement(_Part):
     judges: int = Field(default=1, ge=1)
     """vLLM replicas of a judge that is a model; each takes what a replica takes."""
     candidates_per_replica: int = Field(default=16, ge=1)
-    """Candidates a replica scores at once, mixed in its batches; as many adapters are in its memory."""
+    """Candidates a replica scores at once, mixed in its batches; as many adapters are in its memory. A judge that is no
+    model judges as many suites at once."""
     replica_cpus: float = Field(default=1.0, gt=0.0)
     replica_gpus: int = Field(default=0, ge=0)
     """GPUs of one replica, which is its tensor-parallel size; 0 runs on the CPU."""
