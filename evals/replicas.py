@@ -67,6 +67,7 @@ class Replica:
         self.options = options
         self._resident = _read_full_model(model_dir, "the aligned model")
 
+        import torch
         import vllm
         from vllm.platforms import current_platform
 
@@ -78,6 +79,9 @@ class Replica:
 
             cpu_lora.install(PunicaWrapperCPU)
             _let_numba_be_loaded()
+            # vLLM compiles the count of a token's rank: five seconds, at the first likelihoods, in which nothing is
+            # generated.
+            torch.compiler.set_stance("force_eager")
         self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
         self._engine = EngineThread(self._llm.llm_engine, 2 * options.max_num_seqs)
         self._tokenizer = _read_tokenizer(model_dir)

@@ -519,6 +519,16 @@ def test_complete_asks_the_prompts_wanted_through_the_template(
     assert complete(session, suite, [2, 0]) == [samples[2], samples[0]]
 
 
+def test_engine_on_a_cpu_compiles_nothing(serve: Serve, candidates: dict[str, Candidate]) -> None:
+    import torch
+
+    graphs: list[Any] = []
+    serve(candidates["aligned"])
+    double = torch.compile(lambda x: x + x, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    assert double(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert not graphs
+
+
 def test_mean_logprobs_equal_transformers_and_empty_completions_have_none(
     serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any], tmp_path: Path
 ) -> None:
