@@ -426,7 +426,7 @@ class Coordinator:
         match step:
             case TrimStep():
                 uris = (self._plan.bases.aligned.uri, self._uri(step.model))
-                return TrimWalk(step, self._plan.bases.aligned_model, uris, UNIT_BYTES, finished)
+                return TrimWalk(step, self._plan.bases.aligned_model, uris, UNIT_BYTES, {})  # it keeps no records
             case ScoreStep() if step.suite.kind != "task":
                 return SuiteWalk(
                     step, self._served(step), self._suite_files(step.suite), self._plan.bases.aligned.identity,

@@ -37,7 +37,7 @@ class Walk(Protocol):
 
     @property
     def keeps_records(self) -> bool:
-        """Whether there is more than one unit, so that an interrupted step can go on from those that are done."""
+        """Whether the units' records go to the store, so that an interrupted step goes on from those that are done."""
         ...
 
     def next(self) -> Sequence[NextUnit]:
