@@ -436,7 +436,7 @@ class Coordinator:
                 served = self._served(step)
                 output = Output(store.uri, attempt_prefix(step, attempt))
                 unit = TaskUnit(served, self._suite_files(step.suite), output, TASK_SAMPLES)
-                group = self._plan.bases.aligned.identity if served.is_adapter else served.identity
+                group = served.group(self._plan.bases.aligned.identity)
                 return UnitList([NextUnit(0, "task", unit, float(step.suite.num_samples or 0), group)], finished)
             case CalibrateStep():
                 store.create(step.rows, self._plan.texts[step.rows])

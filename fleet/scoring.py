@@ -47,6 +47,10 @@ class Served:
     """URI of the full model or adapter."""
     is_adapter: bool
 
+    def group(self, aligned: str) -> str:
+        """Identity of the weights an engine must hold for it, given the aligned model's."""
+        return aligned if self.is_adapter else self.identity
+
 
 @dataclass(frozen=True)
 class SuiteFiles:

@@ -130,8 +130,8 @@ class SuiteWalk:
         found, evaluation, served = self._store.list(f"{folder}/"), self._evaluation, self._served
         if key not in found:
             unit = CompleteUnit(served, self._suite, self._blocks[block], self._store.uri, key)
-            group = self._aligned if served.is_adapter else served.identity
-            return NextUnit(_index(block, "complete"), "complete", unit, float(len(self._blocks[block])), group)
+            work, group = float(len(self._blocks[block])), served.group(self._aligned)
+            return NextUnit(_index(block, "complete"), "complete", unit, work, group)
         if evaluation.coherence is not None and means not in found:
             unit = CohereUnit(self._store.uri, key, self._step.suite.chat, means)
             return NextUnit(_index(block, "cohere"), "cohere", unit, 0.0, self._aligned)
