@@ -426,7 +426,7 @@ class Coordinator:
         match step:
             case TrimStep():
                 uris = (self._plan.bases.aligned.uri, self._uri(step.model))
-                return TrimWalk(step, self._plan.bases.aligned_model, uris, UNIT_BYTES, {})  # it keeps no records
+                return TrimWalk(step, self._plan.bases.aligned_model, uris, UNIT_BYTES)
             case ScoreStep() if step.suite.kind != "task":
                 return SuiteWalk(
                     step, self._served(step), self._suite_files(step.suite), self._plan.bases.aligned.identity,
@@ -448,7 +448,9 @@ class Coordinator:
             case _:
                 units = self._tensor_units(step, attempt)
                 work = step.read_bytes / len(units)
-                return UnitList([NextUnit(i, step.kind, unit, work) for i, unit in enumerate(units)], finished)
+                several = len(units) > 1
+                coming = [NextUnit(i, step.kind, u, work, keeps_record=several) for i, u in enumerate(units)]
+                return UnitList(coming, finished)
 
     def _go_on(self, active: _Active) -> None:
         """Ask for a step's next units once it has none under way, or end it."""
@@ -706,9 +708,10 @@ class Coordinator:
         unit: UnitRecord = outcome.value
         active.walk.finished[index] = unit
         active.seconds += outcome.seconds
-        if work := active.pending.pop(index).work:
-            self._progress.worked(active.step.kind, work, outcome.seconds)
-        if active.walk.keeps_records:
+        done = active.pending.pop(index)
+        if done.work:
+            self._progress.worked(active.step.kind, done.work, outcome.seconds)
+        if done.keeps_record:
             self._plan.store.replace(unit_key(active.step, active.attempt, index), to_bytes(unit))
         self._go_on(active)
 

@@ -78,10 +78,6 @@ class SuiteWalk:
             order, size = sorted(range(len(ids)), key=lambda i: ids[i]), evaluation.early_stop.block
             self._blocks = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
 
-    @property
-    def keeps_records(self) -> bool:
-        return True
-
     def next(self) -> Sequence[NextUnit]:
         """The unit to do now; none if the suite is through, or decided."""
         for block in range(len(self._blocks)):
@@ -124,7 +120,8 @@ class SuiteWalk:
         )
 
     def _next(self, block: int) -> NextUnit:
-        """What a block lacks: what was said before is used again, whoever judged it then."""
+        """What a block lacks: what was said before is used again, whoever judged it then. Of that the store's objects
+        are the proof, so only a judge's unit needs a record."""
         folder = f"completions/{self._digest(block)}"
         key, means = f"{folder}/samples.parquet", f"{folder}/logprobs.json"
         found, evaluation, served = self._store.list(f"{folder}/"), self._evaluation, self._served
@@ -146,7 +143,7 @@ class SuiteWalk:
             output=self._output,
             file=f"samples-{block:05d}.parquet",
         )
-        return NextUnit(_index(block, "judge"), "judge", unit, 0.0)
+        return NextUnit(_index(block, "judge"), "judge", unit, 0.0, keeps_record=True)
 
     def _digest(self, block: int) -> str:
         return digest(self._spec | {"prompts": [*self._blocks[block]]}).removeprefix("sha256:")[:KEY_DIGITS]

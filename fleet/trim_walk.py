@@ -29,34 +29,23 @@ SAMPLED_ENTRIES = 1 << 18
 class TrimWalk:
     """The trim of one model.
 
+    Its units keep no records: what they say depends on how tensors are shared out and on the windows, which are in no
+    identity. All of it is one read of the model, which a run that is interrupted does again.
+
     Args:
         step: what is trimmed.
         aligned: the aligned model's headers.
         uris: of the aligned model and of the step's.
         shard_bytes: the aligned model's weights in a unit's tensors.
-        finished: unit number -> record, of what is done; grown by the caller.
     """
 
-    def __init__(
-        self,
-        step: TrimStep,
-        aligned: FullModel,
-        uris: tuple[str, str],
-        shard_bytes: int,
-        finished: dict[int, UnitRecord],
-    ) -> None:
-        self.finished = finished
+    def __init__(self, step: TrimStep, aligned: FullModel, uris: tuple[str, str], shard_bytes: int) -> None:
+        self.finished: dict[int, UnitRecord] = {}
         self._step = step
         self._uris = uris
         self._shards = plan_shards((aligned.tensors[name] for name in step.model.tensors), shard_bytes)
         self._share = SAMPLED_ENTRIES / max(sum(math.prod(aligned.tensors[t].shape) for t in step.model.tensors), 1)
         self._threshold = math.nan
-
-    @property
-    def keeps_records(self) -> bool:
-        """No: what they say depends on how tensors are shared out and on the windows, which are in no identity. All of
-        it is one read of the model, which a run that is interrupted does again."""
-        return False
 
     def next(self) -> Sequence[NextUnit]:
         """The units of the first round that lacks some."""

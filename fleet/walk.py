@@ -27,6 +27,8 @@ class NextUnit:
     """Bytes it reads, or prompts it asks: what progress counts."""
     group: str | None = None
     """Identity of the weights an engine must hold for it."""
+    keeps_record: bool = False
+    """Whether its record goes to the store, so that an interrupted step goes on from there."""
 
 
 class Walk(Protocol):
@@ -34,11 +36,6 @@ class Walk(Protocol):
 
     finished: dict[int, UnitRecord]
     """Unit number -> record, of what is done; grown by the caller."""
-
-    @property
-    def keeps_records(self) -> bool:
-        """Whether the units' records go to the store, so that an interrupted step goes on from those that are done."""
-        ...
 
     def next(self) -> Sequence[NextUnit]:
         """The units to do now, asked again once they are done; empty if the step is through."""
@@ -55,10 +52,6 @@ class UnitList:
     def __init__(self, units: Sequence[NextUnit], finished: dict[int, UnitRecord]) -> None:
         self.finished = finished
         self._units = units
-
-    @property
-    def keeps_records(self) -> bool:
-        return len(self._units) > 1
 
     def next(self) -> Sequence[NextUnit]:
         return [unit for unit in self._units if unit.index not in self.finished]

@@ -105,6 +105,7 @@ def test_walk_without_early_stop_asks_every_prompt_in_one_block(catalogue: Path,
     night = Night(plan_with(catalogue, tmp_path, suites), 0.0)
     walk = night.walk()
     assert night.go(walk) == ["complete", "cohere", "judge"]
+    assert [coming.keeps_record for coming in night.asked] == [False, False, True]  # the store has what others made
     first, second, last = (coming.unit for coming in night.asked)
     assert isinstance(first, CompleteUnit) and first.indices == tuple(range(NUM_PROMPTS))
     assert isinstance(second, CohereUnit) and isinstance(last, JudgeUnit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +15,12 @@ from hypothesis import given, settings
 import fleet.algebra.ranks
 import fleet.streaming
 import fleet.trim_walk
-from fleet.algebra.ranks import WindowCounts
+import fleet.workers
 from fleet.checkpoint.models import FullModel
 from fleet.record import UnitRecord
-from fleet.streaming import count_task_vector, sample_task_vector
 from fleet.trim_walk import TrimWalk
 from fleet.walk import NextUnit
-from fleet.workers import CountUnit, SampleUnit, packed, unpacked
+from fleet.workers import TensorWorker, packed, unpacked
 from tests.test_streaming import held, here, normal
 
 ENTRIES = 50 * (40 + 41 + 42)
@@ -40,29 +38,21 @@ def made(dtype: torch.dtype, num_tuned: int = 3) -> tuple[FullModel, FullModel, 
 
 def walk_of(aligned: FullModel, rank: int, shard_bytes: int, finished: dict[int, UnitRecord]) -> TrimWalk:
     step: Any = SimpleNamespace(model=SimpleNamespace(tensors=tuple(aligned.tensors)), rank=rank, read_bytes=600)
-    return TrimWalk(step, aligned, ("aligned", "model"), shard_bytes, finished)
-
-
-def done(unit: NextUnit, aligned: FullModel, model: FullModel) -> UnitRecord:
-    """As a worker does it."""
-    with ThreadPoolExecutor(1) as reader:
-        match unit.unit:
-            case SampleUnit(tensors=tensors, share=share):
-                sample, size = sample_task_vector(aligned, model, tensors, share, reader)
-                return UnitRecord(result={"sample": packed(sample), "size": size})
-            case CountUnit(tensors=tensors, low=low, high=high):
-                counts = WindowCounts(low, high)
-                count_task_vector(aligned, model, tensors, counts, reader)
-                return UnitRecord(result={"counts": packed(counts.counts)})
-        raise AssertionError(unit)
+    walk = TrimWalk(step, aligned, ("aligned", "model"), shard_bytes)
+    walk.finished.update(finished)
+    return walk
 
 
 def walked(walk: TrimWalk, aligned: FullModel, model: FullModel) -> list[list[NextUnit]]:
-    """The rounds that were asked for."""
+    """The rounds that were asked for; a worker did them, whose models are these."""
     rounds: list[list[NextUnit]] = []
-    while units := [*walk.next()]:
-        rounds.append(units)
-        walk.finished.update({unit.index: done(unit, aligned, model) for unit in units})
+    worker, models = TensorWorker(), {"aligned": aligned, "model": model}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for opened in ("open_full", "open_model"):
+            monkeypatch.setattr(fleet.workers, opened, models.__getitem__)
+        while units := [*walk.next()]:
+            rounds.append(units)
+            walk.finished.update({unit.index: getattr(worker, unit.method)(unit.unit) for unit in units})
     return rounds
 
 
