@@ -35,10 +35,10 @@ check: setup
 
 # What planning and --help import, and nothing heavy among it.
 import-guard: setup
-	$(BIN)/python -m pytest -q tests/test_realign.py -k "imports_no_heavy"
+	$(BIN)/python -m pytest -q tests/run/test_realign.py -k "imports_no_heavy"
 
 schema:
-	$(BIN)/python -c "from fleet.manifest import manifest_schema as s; print(s(), end='')" > fleet/manifest.schema.json
+	$(BIN)/python -c "from fleet.manifest import manifest_schema as s; print(s(), end='')" > fleet/manifest/manifest.schema.json
 
 # The locks leave out what breaks a CPU torch; the GPU one resolves torch's CUDA build.
 lock:

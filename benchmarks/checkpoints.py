@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fleet.checkpoint.models import PEFT_PREFIX
+from fleet.checkpoint.adapter import PEFT_PREFIX
 from fleet.checkpoint.tensors import TensorLayout, write_tensors
 from fleet.store.local import LocalStore
 

@@ -38,16 +38,17 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from fleet.algebra.sparsify import magnitude_threshold
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards, shard_name
-from fleet.checkpoint.models import FullModel, read_model, require_full_model
+from fleet.checkpoint.model import read_model, require_full_model
 from fleet.checkpoint.tensors import TensorLayout, read_rows, write_tensors
-from fleet.coordinator import WORKER_ENV
+from fleet.checkpoint.write import Output, Shard
 from fleet.fusion import AnyFusionMethod
-from fleet.outputs import Output, Shard
+from fleet.fusion.streaming import COMPILED_RUNS, RUN_ENTRIES
+from fleet.run.coordinator import WORKER_ENV
 from fleet.store import open_folder, open_store
 from fleet.store.local import LocalStore
-from fleet.streaming import COMPILED_RUNS, RUN_ENTRIES
-from fleet.workers import FuseUnit, Member, TensorWorker
+from fleet.work.tensors import FuseUnit, Member, TensorWorker
 
 WORKERS = 2
 SHARD_BYTES = 200_000_000

@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fleet.checkpoint.models import read_model, require_full_model
-from fleet.coordinator import WORKER_ENV
+from fleet.checkpoint.model import read_model, require_full_model
 from fleet.masks.batches import Batch, Text, collate
 from fleet.masks.masked_model import ALONE, MaskedMember, MaskedModel
 from fleet.masks.network import build_network
 from fleet.masks.objective import dpo_losses, margins, reply_log_probs
 from fleet.methods.somf import Somf
+from fleet.run.coordinator import WORKER_ENV
 from fleet.store import open_folder
 
 CONFIG = {

@@ -3,8 +3,8 @@
 The demo fleet: its base models and its six fine-tuned ones, each on two prompt suites and six tasks. In turns, each in
 a process of its own:
 
-- `ours`: the workers of `fleet.scoring` as the coordinator drives them, 16 candidates at once where they share weights;
-  completed, their coherence measured, judged, and logged.
+- `ours`: the workers of `fleet.work.scoring` as the coordinator drives them, 16 candidates at once where they share
+  weights; completed, their coherence measured, judged, and logged.
 - `floor`: one engine that is asked all of it in one `generate`: the same prompts, as many new tokens each, no adapters,
   nothing measured, nothing judged.
 - `fresh`: an engine per candidate, started for it, which is asked the same. Two candidates, times four.
@@ -40,9 +40,10 @@ from evals.judges import RuleJudge
 from evals.logs import read_samples, sample_ids
 from evals.sequential import decide
 from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_prompts
-from fleet.coordinator import MAX_NUM_SEQS
-from fleet.outputs import Output
-from fleet.scoring import (
+from fleet.checkpoint.write import Output
+from fleet.run.coordinator import MAX_NUM_SEQS
+from fleet.store import open_store
+from fleet.work.scoring import (
     CohereUnit,
     CompleteUnit,
     JudgeUnit,
@@ -52,7 +53,6 @@ from fleet.scoring import (
     SuiteFiles,
     TaskUnit,
 )
-from fleet.store import open_store
 
 DEMO = Path(__file__).parent.parent / "demo"
 PROMPT_SUITES = ("demo_harmful", "demo_lookalike")

@@ -41,14 +41,15 @@ from rich.table import Table
 from benchmarks.checkpoints import LAYERS, LINEARS, RANK, generate
 from fleet.algebra.spectral import OVERSAMPLING, POWER_ITERATIONS
 from fleet.algebra.statistics import NUM_PROBES
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
-from fleet.checkpoint.models import FullModel, read_model
+from fleet.checkpoint.model import read_model
 from fleet.checkpoint.tensors import read_tensor
-from fleet.coordinator import UNIT_BYTES, WORKER_ENV
-from fleet.outputs import Output
+from fleet.checkpoint.write import Output
+from fleet.run.coordinator import UNIT_BYTES, WORKER_ENV
 from fleet.store.local import LocalFolder
-from fleet.survey import BLOCK_BYTES, READERS, SurveyUnit
-from fleet.workers import TensorWorker
+from fleet.work.survey import BLOCK_BYTES, READERS, SurveyUnit
+from fleet.work.tensors import TensorWorker
 
 CORES = os.cpu_count() or 1
 START_SECONDS = 0.5

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.special import betainc, betaincc, betaincinv
 
 from evals.rates import Interval, clopper_pearson
-from fleet.errors import InputError
+from fleet.core.errors import InputError
 
 # Points per judge's error at which melded distributions are averaged, and how closely a bound is located.
 _GRID = 32

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 
 from evals.suites import Suite
 from evals.verdicts import Exchange, JudgeSpec, Verdict, label_for, unscored
-from fleet.errors import EvalError, InputError
+from fleet.core.errors import EvalError, InputError
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fleet.checkpoint.models import ARCHITECTURE_FIELDS, FullModel
-from fleet.errors import EvalError
+from fleet.checkpoint.belongs import ARCHITECTURE_FIELDS
+from fleet.checkpoint.full_model import FullModel
+from fleet.core.errors import EvalError
 
 LORA_MODULES = (
     "q_proj",

@@ -44,7 +44,7 @@ from evals.rates import Interval
 from evals.suites import Suite, SuiteKind
 
 if TYPE_CHECKING:
-    from fleet.manifest import Gates
+    from evals.config import Gates
 
 Outcome = Literal["pass", "fail", "not enough evidence"]
 Measure = Literal["harmful", "refused", "lost", "incoherent"]

@@ -30,7 +30,7 @@ from evals.lm import FleetLM
 from evals.logs import EvalLog, Sample, sample_ids
 from evals.rates import Rate
 from evals.suites import Suite, local_data_files, read_prompts, read_requests
-from fleet.errors import EvalError, SuiteError
+from fleet.core.errors import EvalError, SuiteError
 
 if TYPE_CHECKING:
     from evals.replicas import Session

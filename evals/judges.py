@@ -18,7 +18,7 @@ from evals.endpoint_judge import EndpointJudge
 from evals.model_judges import HarmBench, LlamaGuard3, OwnModel, ShieldGemma, WildGuard
 from evals.suites import Rules, Suite
 from evals.verdicts import Exchange, JudgeSpec, Reply, Verdict, label_for, unscored
-from fleet.errors import InputError, SuiteError
+from fleet.core.errors import InputError, SuiteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

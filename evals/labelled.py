@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fleet.errors import InputError
+from fleet.core.errors import InputError
 
 
 class LabelledRow(BaseModel):

@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.engine import Completion
-from fleet.errors import EvalError
+from fleet.core.errors import EvalError
 
 if TYPE_CHECKING:
     from evals.replicas import Session

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evals.rates import Rate
 from evals.suites import SuiteKind
-from fleet.errors import EvalError
+from fleet.core.errors import EvalError
 
 
 class _Part(BaseModel):

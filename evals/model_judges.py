@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 
 from evals.suites import Suite
 from evals.verdicts import Exchange, JudgeSpec, Reply, Verdict, label_for, probability, unscored
-from fleet.errors import InputError
-from fleet.uris import Uri
+from fleet.core.errors import InputError
+from fleet.core.uris import Uri
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

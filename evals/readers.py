@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from fleet.errors import SuiteError
+from fleet.core.errors import SuiteError
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, for messages, and its columns."""

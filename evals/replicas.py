@@ -37,8 +37,11 @@ from evals.engine import (
     unserved_modules,
     weights_mismatch,
 )
-from fleet.checkpoint.models import Adapter, FullModel, Model, check_belongs, read_model
-from fleet.errors import CheckpointError, EvalError, SourceError
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.belongs import check_belongs
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.model import Model, read_model
+from fleet.core.errors import CheckpointError, EvalError, SourceError
 from fleet.store.local import LocalFolder
 
 if TYPE_CHECKING:

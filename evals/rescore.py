@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from evals.config import Evaluation
 from evals.engine import Candidate, EngineOptions, engine_length
 from evals.judges import Judge, ModelJudge, make_judge
 from evals.judging import ask_model, judged_sample
@@ -26,8 +27,7 @@ from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
 from evals.rates import Rate
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
 from evals.verdicts import Exchange, Verdict
-from fleet.errors import FleetError, InputError, report_error
-from fleet.manifest import Evaluation
+from fleet.core.errors import FleetError, InputError, report_error
 from fleet.store import open_folder
 
 

@@ -36,7 +36,7 @@ import yaml
 from evals.lm_eval_tasks import lm_eval_code_names, lm_eval_names, lm_eval_version
 from evals.readers import PLAIN, READERS, DataPolicy, Prompt, Reader, jsonl, read_files
 from evals.split import is_tuning
-from fleet.errors import SuiteError
+from fleet.core.errors import SuiteError
 
 logger = logging.getLogger(__name__)
 

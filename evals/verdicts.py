@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from evals.suites import Suite
-from fleet.uris import Uri
+from fleet.core.uris import Uri
 
 Label = Literal["harmful", "safe"]
 

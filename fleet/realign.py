@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fleet.mergekit import Conversion
-    from fleet.plan import Plan
+    from fleet.manifest.mergekit import Conversion
+    from fleet.run.plan import Plan
 
 
 LOG_COLUMNS = 200
@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("fleet").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     from rich.console import Console
 
-    from fleet.errors import FleetError, report_error
+    from fleet.core.errors import FleetError, report_error
     from fleet.manifest import load_manifest
-    from fleet.mergekit import from_mergekit
-    from fleet.plan import make_plan
+    from fleet.manifest.mergekit import from_mergekit
+    from fleet.run.plan import make_plan
 
     # A job's log has no width of its own; rich would take 80 columns and squeeze the table.
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS)
@@ -90,10 +90,10 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     """
     if address is None and "RAY_ADDRESS" not in os.environ:
         lock_local_ray()
-    from fleet.coordinator import Coordinator, RunResult, start_ray
-    from fleet.progress import RunProgress
-    from fleet.report import make_report, print_report, write_report
-    from fleet.tracking import Tracker
+    from fleet.report.report import make_report, print_report, write_report
+    from fleet.report.tracking import Tracker
+    from fleet.run.coordinator import Coordinator, RunResult, start_ray
+    from fleet.run.progress import RunProgress
 
     tracker = Tracker(plan)
     if plan.pending:

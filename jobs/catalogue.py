@@ -1,7 +1,7 @@
 """A catalogue folder and a template manifest -> the complete manifest of tonight.
 
 The catalogue decides which models there are, the template everything else. One listing of the catalogue finds them;
-what is in their files is for `fleet.plan` to check.
+what is in their files is for `fleet.run.plan` to check.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from fleet.errors import ManifestError, SourceError
-from fleet.manifest import Base, Manifest, ModelSpec, Uri, parse, read_json
-from fleet.record import Kind
+from fleet.core.errors import ManifestError, SourceError
+from fleet.core.uris import Uri
+from fleet.manifest import Base, Manifest, ModelSpec, parse, read_json
+from fleet.steps.record import Kind
 from fleet.store import Folder, open_store
 
 logger = logging.getLogger("jobs.catalogue")

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("jobs").setLevel(logging.INFO)
     from fleet import realign
-    from fleet.errors import FleetError, report_error
+    from fleet.core.errors import FleetError, report_error
     from jobs.catalogue import complete_manifest
 
     try:
@@ -66,7 +66,7 @@ def write_manifest(manifest: Manifest, path: Path) -> Path:
     Raises:
         InputError: the file can't be written.
     """
-    from fleet.errors import InputError
+    from fleet.core.errors import InputError
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

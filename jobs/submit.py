@@ -17,9 +17,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import evals
 import fleet
-from fleet.errors import FleetError, InputError
+from fleet.core.errors import FleetError, InputError
 from fleet.manifest import Manifest
-from fleet.plan import make_plan
+from fleet.run.plan import make_plan
 
 logger = logging.getLogger("jobs.submit")
 

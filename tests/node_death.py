@@ -10,10 +10,10 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-import fleet.coordinator
-from fleet.record import UnitRecord
-from fleet.workers import FuseUnit, TensorWorker
-from tests.test_coordinator import tensor_plan, walk
+import fleet.run.coordinator
+from fleet.steps.record import UnitRecord
+from fleet.work.tensors import FuseUnit, TensorWorker
+from tests.run.test_coordinator import tensor_plan, walk
 
 FAST_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 0,
@@ -44,7 +44,7 @@ def main(catalogue: Path, work: Path) -> None:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
-    fleet.coordinator.TensorWorker = SlowWorker
+    fleet.run.coordinator.TensorWorker = SlowWorker
     plan = tensor_plan(catalogue, work / "disturbed", placement={"workers": 2})
 
     def kill_when_fusing() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from evals.logs import EvalLog, Origin, Sample, write_samples
 from evals.rates import Rate
 from evals.suites import Suite
-from fleet.plan import Plan
-from fleet.record import FileEntry, Record, Step, attempt_prefix, package_versions, record_key, to_bytes
-from fleet.steps import Candidate, FuseStep
+from fleet.run.plan import Plan
+from fleet.steps.builder import Candidate, FuseStep
+from fleet.steps.record import Record, Step, attempt_prefix, package_versions, record_key, to_bytes
+from fleet.store.entry import FileEntry
 
 ATTEMPT = "a"
 FILE = "samples-00000.parquet"

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import DTYPE_BYTES, TensorInfo, read_headers
-from fleet.checkpoint.models import FullModel, canonical_shape, module_views
-from fleet.errors import CheckpointError
+from fleet.checkpoint.modules import canonical_shape, module_views
+from fleet.core.errors import CheckpointError
 from fleet.store import Folder
 
 CurvatureKind: TypeAlias = Literal["fisher", "gram"]
@@ -44,7 +45,7 @@ def read_curvature(folder: Folder) -> Curvature:
     """
     tensors = read_headers(folder, "model")
     if wrong := [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in (*DTYPE_BYTES, "F64")]:
-        raise CheckpointError(f"{folder.uri}: {_some(wrong)}: no floating-point numbers; store them in float32")
+        raise CheckpointError(f"{folder.uri}: {some(wrong)}: no floating-point numbers; store them in float32")
     return Curvature(folder, tensors)
 
 
@@ -70,9 +71,9 @@ def check_curvature(
         wrong = [f"{n} is {s}, not {expected[n]}" for n, s in sorted(found.items()) if s != expected[n]]
         missing = sorted(needed - set(found))
         if wrong:
-            problems.append(f"models: {model}: {kind}: {_some(wrong)}")
+            problems.append(f"models: {model}: {kind}: {some(wrong)}")
         if missing and not may_lack:
-            problems.append(f"models: {model}: {kind}: {curvature.folder.uri} has no {_some(missing)}")
+            problems.append(f"models: {model}: {kind}: {curvature.folder.uri} has no {some(missing)}")
     return problems
 
 
@@ -84,6 +85,6 @@ def _expected(kind: CurvatureKind, aligned: FullModel, tensor: str) -> tuple[int
     return None if len(shape) < 2 else (*shape[:-2], shape[-1], shape[-1])
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from fleet.checkpoint.curvature import Curvature, CurvatureKind
-from fleet.checkpoint.models import FullModel, is_transposed
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.modules import is_transposed
 from fleet.checkpoint.tensors import read_rows, read_tensor
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 
 _ASYMMETRY = 1e-2
 """Of the largest entry: what the dtypes' rounding, and sums in another order, may make of a symmetric matrix."""

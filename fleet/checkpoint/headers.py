@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError, some
+from fleet.core.identity import Json
 from fleet.store import Folder
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -21,6 +22,8 @@ FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 KNOWN_DTYPE_BYTES = {
     **DTYPE_BYTES, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+_QUANTISED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I32"})
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit; a larger claim is a lie or damage, and is refused before it is allocated."""
@@ -209,3 +212,24 @@ def plan_shards(tensors: Iterable[TensorInfo], shard_bytes: int) -> list[list[st
 def shard_name(index: int, count: int) -> str:
     """The file name of a shard in the layout transformers and vLLM read."""
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Json]:
+    try:
+        value = json.loads(folder.read(name))
+    except ValueError as e:
+        raise CheckpointError(f"{folder.uri}/{name}: not valid JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{folder.uri}/{name}: not a JSON object")
+    return value
+
+
+def check_dtypes(where: str, tensors: dict[str, TensorInfo]) -> None:
+    wrong = [t for t in tensors.values() if t.dtype not in DTYPE_BYTES]
+    if wrong:
+        quantised = any(t.dtype in _QUANTISED_DTYPES for t in wrong)
+        way_out = "they are quantised; give the unquantised checkpoint" if quantised else "save the model in float32"
+        raise CheckpointError(
+            f"{where}: {len(wrong)} tensors are neither float32, float16 nor bfloat16, so no exact task vector exists; "
+            f"{way_out}: {some([f'{t.name} ({t.dtype})' for t in wrong])}"
+        )

@@ -12,10 +12,13 @@ import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.factors import Factors
+from fleet.checkpoint.adapter import Adapter, LoraModule
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorInfo
-from fleet.checkpoint.models import Adapter, FullModel, LoraModule, Model, is_transposed
+from fleet.checkpoint.model import Model
+from fleet.checkpoint.modules import is_transposed
 from fleet.checkpoint.tensors import read_tensor
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 
 
 def read_weight(model: FullModel, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fleet.checkpoint.headers import KNOWN_DTYPE_BYTES, TensorInfo, TensorLayout, header_bytes
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 from fleet.store import Folder, Store
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fleet.checkpoint.headers import FP8_DTYPES, KNOWN_DTYPE_BYTES, TensorInfo, TensorLayout, header_bytes
-from fleet.errors import CheckpointError, SourceError
-from fleet.identity import Json, digest
+from fleet.core.errors import CheckpointError, SourceError
+from fleet.core.identity import Json, digest
 from fleet.store import Folder
 from fleet.store.download import download
 from fleet.store.local import LocalFolder

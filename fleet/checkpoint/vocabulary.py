@@ -23,19 +23,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import KNOWN_DTYPE_BYTES, TensorInfo
-from fleet.checkpoint.models import (
-    HEADS,
-    TOKEN_TABLES,
-    FullModel,
-    content_identity,
-    is_companion,
-    read_model,
-    require_full_model,
-)
+from fleet.checkpoint.model import content_identity, is_companion, read_model, require_full_model
+from fleet.checkpoint.modules import HEADS, TOKEN_TABLES
 from fleet.checkpoint.views import Stored, TensorView, ViewFolder
-from fleet.errors import CheckpointError
-from fleet.identity import Json, canonical_json
+from fleet.core.errors import CheckpointError
+from fleet.core.identity import Json, canonical_json
 from fleet.store import Folder, open_folder
 from fleet.store.open import VOCABULARY_SCHEME
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from fleet.errors import ManifestError
+from fleet.core.errors import ManifestError
 from fleet.fusion.base import Entries, FusionMethod, Thresholds
 from fleet.fusion.place import Place
 

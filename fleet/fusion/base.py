@@ -6,8 +6,8 @@ A method looks at a tensor in up to three passes over its entries, and says whic
     sums:       of its `terms`, over all entries, such as the inner products of the task vectors
     combine:    entry by entry, the fused task vector from the models', the thresholds and the sums
 
-So a tensor need not be in memory: `fleet.streaming` makes the passes over runs of entries, `fuse` over a tensor that is
-there. A method that needs whole matrices overrides `fuse`, and says so.
+So a tensor need not be in memory: `fleet.fusion.streaming` makes the passes over runs of entries, `fuse` over a tensor
+that is there. A method that needs whole matrices overrides `fuse`, and says so.
 
 Like the realign methods, fusion methods import no torch until they work.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fleet.errors import ManifestError
+from fleet.core.errors import ManifestError
 from fleet.fusion.place import Place, Schedule, at
 
 if TYPE_CHECKING:

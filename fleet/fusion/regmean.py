@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 from fleet.fusion.base import FusionMethod, Thresholds, linear_combination, shares
 from fleet.fusion.place import Place
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from fleet.errors import ManifestError
+from fleet.core.errors import ManifestError
 from fleet.fusion.gram import GramFusion, lengths
 from fleet.fusion.place import Place, Schedule, at
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from fleet.errors import ManifestError
+from fleet.core.errors import ManifestError
 from fleet.fusion.base import Entries, FusionMethod, Thresholds
 from fleet.fusion.place import Gradient, Place, Rule, Schedule, at
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from fleet.errors import ManifestError
+from fleet.core.errors import ManifestError
 from fleet.fusion.base import FusionMethod
 from fleet.fusion.place import Place
 

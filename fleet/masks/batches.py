@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 
 IGNORED = -100
 """Label of a position that is no reply."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 from fleet.store import Folder
 
 MASK_FILE, MASK_JSON = "mask.safetensors", "mask.json"

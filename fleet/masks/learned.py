@@ -11,7 +11,7 @@ from fleet.algebra.delta import Delta
 from fleet.algebra.noise import noise_key, uniform
 from fleet.checkpoint.headers import TensorInfo, read_file_header
 from fleet.checkpoint.tensors import read_tensor
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 from fleet.masks.concrete import hardened, multipliers
 from fleet.masks.files import MASK_FILE, SHARED, read_granularity
 from fleet.masks.granularity import MASKS, Granularity

@@ -28,10 +28,13 @@ from torch.distributed.tensor import DTensor, Shard
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.noise import NoiseKey, noise_key, uniform
 from fleet.algebra.sparsify import Piece
-from fleet.checkpoint.models import Adapter, FullModel, Model, is_transposed, touched_tensors
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.model import Model, touched_tensors
+from fleet.checkpoint.modules import is_transposed
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_weight
 from fleet.checkpoint.tensors import read_rows, read_tensor
-from fleet.errors import CheckpointError
+from fleet.core.errors import CheckpointError
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.place import Place, places
 from fleet.masks.concrete import draw_, floored, logit_gradient_, masked_weight_, relaxed, weighted_sum

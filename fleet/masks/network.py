@@ -13,8 +13,8 @@ from accelerate import init_empty_weights
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fleet.checkpoint.models import FullModel
-from fleet.errors import CheckpointError
+from fleet.checkpoint.full_model import FullModel
+from fleet.core.errors import CheckpointError
 from fleet.masks.masked_model import Group, local, named_parameters, stored_rows
 
 

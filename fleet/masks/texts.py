@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from fleet.errors import ManifestError
-from fleet.identity import digest
+from fleet.core.errors import ManifestError
+from fleet.core.identity import digest
 from fleet.store import open_folder
 
 Row: TypeAlias = Mapping[str, str]

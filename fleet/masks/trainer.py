@@ -14,9 +14,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.distributed.device_mesh import init_device_mesh
 
-from fleet.errors import FleetError, InputError, StepFailedError
+from fleet.core.errors import FleetError, InputError, StepFailedError
 from fleet.masks.units import LogProbsUnit, MaskUnit
-from fleet.record import UnitRecord
+from fleet.steps.record import UnitRecord
 
 
 @dataclass(frozen=True)

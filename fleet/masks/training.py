@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_file_header
-from fleet.checkpoint.models import Adapter, FullModel, touched_tensors
+from fleet.checkpoint.model import touched_tensors
 from fleet.checkpoint.task_vectors import read_factors
 from fleet.checkpoint.tensors import TensorLayout, read_rows, read_tensor, write_tensors
-from fleet.errors import CheckpointError, StepFailedError
-from fleet.identity import Json
+from fleet.checkpoint.write import write_file
+from fleet.core.errors import CheckpointError, StepFailedError
+from fleet.core.identity import Json
 from fleet.masks.batches import Text, collate, encode
 from fleet.masks.files import MASK_FILE, MASK_JSON
 from fleet.masks.masked_model import Group, MaskedMember, MaskedModel
@@ -41,10 +44,10 @@ from fleet.masks.objective import (
 from fleet.masks.texts import Row, split
 from fleet.masks.units import LogProbsUnit, MaskUnit
 from fleet.methods.somf import MaskTraining
-from fleet.outputs import write_file
-from fleet.record import FileEntry, UnitRecord
+from fleet.steps.record import UnitRecord
 from fleet.store import Folder, Store, open_folder, open_store
-from fleet.workers import open_full, open_model
+from fleet.store.entry import FileEntry
+from fleet.work.tensors import open_full, open_model
 
 LOG_PROBS_FILE = "log_probs.safetensors"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

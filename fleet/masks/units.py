@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleet.errors import StepFailedError
+from fleet.checkpoint.write import Output
+from fleet.core.errors import StepFailedError
 from fleet.fusion import AnyFusionMethod
 from fleet.masks.texts import Row, TextSet
 from fleet.methods.somf import Somf
-from fleet.outputs import Output
 from fleet.store import open_store
-from fleet.workers import Member
+from fleet.work.tensors import Member
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeA
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fleet.identity import Json
+from fleet.core.identity import Json
 
 if TYPE_CHECKING:
     import torch

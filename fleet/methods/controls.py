@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from fleet.identity import Json
+from fleet.core.identity import Json
 from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
 from fleet.methods.csulora import CsuLora
 from fleet.methods.lox import Lox

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fleet.identity import Json
+from fleet.core.identity import Json
+from fleet.core.uris import Uri
 from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
-from fleet.uris import Uri
 
 if TYPE_CHECKING:
     from fleet.algebra.delta import Delta

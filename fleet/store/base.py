@@ -1,4 +1,4 @@
-"""The two contracts of storage. `tests/test_store.py` runs one contract test over each of them.
+"""The two contracts of storage. `tests/store/test_store.py` runs one contract test over each of them.
 
 Keys and names use forward slashes and never start with one, never contain `..` or an empty part
 (ValueError). A part that begins with a dot is hidden: it can be written and read by name, but

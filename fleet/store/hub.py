@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from fleet.errors import SourceError
+from fleet.core.errors import SourceError
 from fleet.store.keys import check_key, is_visible
 from fleet.store.local import read_file_into
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fleet.errors import FleetError, SourceError, StoreError
+from fleet.core.errors import FleetError, SourceError, StoreError
 from fleet.store.base import StoreWriter
 from fleet.store.digest import file_digest
 from fleet.store.file_writer import FileWriter

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from fleet.errors import SourceError
+from fleet.core.errors import SourceError
 from fleet.store.base import Folder, Store
 from fleet.store.digest import folder_digest
 from fleet.store.local import LocalFolder, LocalStore

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fleet.errors import FleetError, SourceError, StoreError
+from fleet.core.errors import FleetError, SourceError, StoreError
 from fleet.store.base import StoreWriter
 from fleet.store.download import download
 from fleet.store.keys import check_key, check_prefix, is_visible

@@ -16,7 +16,7 @@ import boto3.session
 from botocore import exceptions
 from botocore.config import Config
 
-from fleet.errors import SourceError
+from fleet.core.errors import SourceError
 
 BotoCoreError = exceptions.BotoCoreError
 ClientError = exceptions.ClientError

@@ -19,7 +19,7 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
-from fleet.errors import SourceError
+from fleet.core.errors import SourceError
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("jobs").setLevel(logging.INFO)
-    from fleet.errors import FleetError, report_error
+    from fleet.core.errors import FleetError, report_error
     from fleet.manifest import load_manifest
     from jobs.curvature.measure import measure, open_subjects
 

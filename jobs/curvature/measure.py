@@ -17,19 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from fleet.checkpoint.belongs import check_belongs
 from fleet.checkpoint.curvature import CurvatureKind
+from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorLayout
-from fleet.checkpoint.models import (
-    FullModel,
-    Model,
-    check_belongs,
-    read_model,
-    require_full_model,
-    touched_tensors,
-)
+from fleet.checkpoint.model import Model, read_model, require_full_model, touched_tensors
 from fleet.checkpoint.task_vectors import read_delta, read_weight, to_stored
 from fleet.checkpoint.tensors import write_tensors
-from fleet.errors import ManifestError
+from fleet.core.errors import ManifestError
 from fleet.manifest import Manifest
 from fleet.masks.batches import Batch, collate, encode
 from fleet.masks.masked_model import ALONE, named_parameters

@@ -1,0 +1,174 @@
+"""A LoRA adapter's headers: which modules it adapts, at which rank and scale, and what it holds beside them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from fleet.checkpoint.headers import TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.modules import MODULE_EXCLUDED
+from fleet.checkpoint.peft_rules import check_adapter_config, pattern_value
+from fleet.core.errors import CheckpointError, some
+from fleet.core.identity import Json
+from fleet.store import Folder
+
+PEFT_PREFIX = "base_model.model."
+
+# The tensors of one adapted module, by the ends of their names; `.default` is an adapter name that old PEFTs left in.
+_LORA_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.default)?(?P<leaf>\.weight|\.bias)?"
+)
+_LORA_ROLES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_PEFT_ONLY = re.compile(r"(^|\.)(lora_|trainable_tokens)")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted module.
+
+    Of a Linear, `a` is (rank, d_in), `b` is (d_out, rank), and the update of its weight (d_out, d_in) is
+    `scale * b @ a`. Of an embedding, `a` is (rank, vocab), `b` is (d, rank), and the update of its table (vocab, d) is
+    `scale * (b @ a).T`.
+    """
+
+    a: TensorInfo
+    b: TensorInfo
+    scale: float
+    magnitude: TensorInfo | None = None
+    """DoRA's magnitude, (d_out,): the norm of each output feature after the update."""
+    embedding: bool = False
+    bias: TensorInfo | None = None
+    """`lora_bias`, (d_out,): `scale` times it is added to the module's bias."""
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the update."""
+        d_out, d_in = self.b.shape[0], self.a.shape[1]
+        return (d_in, d_out) if self.embedding else (d_out, d_in)
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return tuple(t for t in (self.a, self.b, self.magnitude, self.bias) if t is not None)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's headers.
+
+    `modules` maps a canonical module name to its factors. `replaced` maps a canonical base tensor name to the tensor
+    that the adapter puts in its place: biases, `modules_to_save`, and the embeddings that PEFT saves beside a LoRA on
+    them. A tensor may be in both: then the update is on top of the replacement.
+    """
+
+    folder: Folder
+    config: dict[str, Json]
+    modules: dict[str, LoraModule]
+    replaced: dict[str, TensorInfo]
+
+    @property
+    def max_rank(self) -> int:
+        return max(m.rank for m in self.modules.values())
+
+    @property
+    def num_bytes(self) -> int:
+        factors = sum(t.num_bytes for m in self.modules.values() for t in m.tensors)
+        return factors + sum(t.num_bytes for t in self.replaced.values())
+
+    @cached_property
+    def is_lora(self) -> bool:
+        """Whether W + scale * B A on Linears says everything: only then can it be served, and written, as a LoRA."""
+        return not self.why_not_lora()
+
+    def why_not_lora(self) -> str:
+        """What the adapter is beside a LoRA on Linears, to be read after "the adapter"; empty if nothing."""
+        kinds = {
+            "holds base tensors whole": self.replaced,
+            "is a DoRA on": [n for n, m in self.modules.items() if m.magnitude is not None],
+            "trains the bias of": [n for n, m in self.modules.items() if m.bias is not None],
+            "adapts an embedding or the output head": [
+                n for n, m in self.modules.items() if m.embedding or set(n.split(".")) & set(MODULE_EXCLUDED)
+            ],
+        }
+        return " and ".join(f"{kind} ({some(names)})" for kind, names in kinds.items() if names)
+
+
+def read_adapter(folder: Folder) -> Adapter:
+    config = read_json(folder, "adapter_config.json")
+    check_adapter_config(folder.uri, config)
+    tensors = read_headers(folder, "adapter")
+    check_dtypes(folder.uri, tensors)
+    found: dict[str, dict[str, TensorInfo]] = {}
+    replaced: dict[str, TensorInfo] = {}
+    unknown: list[str] = []
+    for file_name, info in tensors.items():
+        # PEFT wraps a targeted module: what is the base's own lies in `base_layer`.
+        name = file_name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        if match := _LORA_TENSOR.fullmatch(name):
+            role = _LORA_ROLES.get(match["kind"] + (match["leaf"] or ""))
+            roles = found.setdefault(match["module"], {})
+            dims = 1 if role in ("magnitude", "bias") else 2
+            if role is None or role in roles or len(info.shape) != dims:
+                unknown.append(file_name)
+            else:
+                roles[role] = info
+        elif _PEFT_ONLY.search(name) or name in replaced:
+            unknown.append(file_name)
+        else:
+            replaced[name] = info
+    if unknown:
+        raise CheckpointError(
+            f"{folder.uri}: tensors that are no LoRA factor of a Linear or an embedding, or are there twice: "
+            f"{sorted(unknown)}; fold the adapter into its base (PEFT's merge_and_unload) and give the full model"
+        )
+    if not found:
+        raise CheckpointError(f"{folder.uri}: the adapter has no LoRA factors")
+    modules = {name: _lora_module(folder.uri, config, name, roles) for name, roles in sorted(found.items())}
+    return Adapter(folder, config, modules, dict(sorted(replaced.items())))
+
+
+def _lora_module(where: str, config: dict[str, Json], module: str, roles: dict[str, TensorInfo]) -> LoraModule:
+    embedding = "embedding_A" in roles or "embedding_B" in roles
+    names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    if lost := [n for n in names if n not in roles]:
+        there = ", ".join(f"lora_{n}" for n in sorted(roles))
+        raise CheckpointError(f"{where}: module {module} has only {there}; lora_{lost[0]} is missing")
+    for role, field in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        if (role in roles) != bool(config.get(field)):
+            raise CheckpointError(
+                f"{where}: module {module} {'has a' if role in roles else 'lacks the'} {role} tensor, but "
+                f"adapter_config.json says {field}={config.get(field)!r}; save the adapter again with PEFT"
+            )
+    a, b = roles[names[0]], roles[names[1]]
+    rank = a.shape[0]
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), int | float):
+            raise CheckpointError(f"{where}: adapter_config.json: {field} is {config.get(field)!r}, not a number")
+    if rank == 0:
+        raise CheckpointError(f"{where}: module {module}: lora_A is {a.shape}, an update of rank 0")
+    declared = pattern_value(config.get("rank_pattern"), module, float(config["r"]))  # type: ignore[arg-type]
+    if b.shape[1] != rank or rank != declared:
+        raise CheckpointError(
+            f"{where}: module {module}: lora_A is {a.shape} and lora_B is {b.shape}, but adapter_config.json says "
+            f"rank {declared:g}"
+        )
+    magnitude, bias = roles.get("magnitude"), roles.get("bias")
+    for role, info in (("magnitude", magnitude), ("bias", bias)):
+        if info is not None and info.shape != b.shape[:1]:
+            raise CheckpointError(f"{where}: module {module}: the {role} is {info.shape}, but lora_B is {b.shape}")
+    alpha = pattern_value(config.get("alpha_pattern"), module, float(config["lora_alpha"]))  # type: ignore[arg-type]
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LoraModule(a, b, scale, magnitude, embedding, bias)

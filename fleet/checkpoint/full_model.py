@@ -1,0 +1,56 @@
+"""A full model's headers: its config and its tensors, as its files hold them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fleet.checkpoint.headers import FP8_DTYPES, TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.views import ViewFolder, dequantised, fp8_method
+from fleet.core.errors import CheckpointError
+from fleet.core.identity import Json
+from fleet.store import Folder
+
+_DERIVED_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
+"""Buffers that old checkpoints carry and every loader recomputes: they are dropped, from every model alike."""
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """A full model's headers. `tensors` leaves out derived buffers and a tied `lm_head`.
+
+    An fp8 model's `folder` is a view of its files, in which the weights are float32.
+    """
+
+    folder: Folder
+    config: dict[str, Json]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.num_bytes for t in self.tensors.values())
+
+    @property
+    def is_view(self) -> bool:
+        """Whether its values are computed from those in files, and may be in another dtype than there."""
+        return isinstance(self.folder, ViewFolder)
+
+
+def read_full_model(folder: Folder) -> FullModel:
+    config = read_json(folder, "config.json")
+    quantisation = config.get("quantization_config")
+    if quantisation and not fp8_method(quantisation):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise CheckpointError(
+            f"{folder.uri}: config.json says that the model is quantised (quant_method {method!r}), so no exact task "
+            "vector exists; give the unquantised checkpoint"
+        )
+    found = read_headers(folder, "model")
+    if quantisation or any(info.dtype in FP8_DTYPES for info in found.values()):
+        folder = dequantised(folder, config, found)
+        config, found = read_json(folder, "config.json"), read_headers(folder, "model")
+    tensors = {n: t for n, t in found.items() if not _DERIVED_BUFFER.search(n)}
+    if config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    check_dtypes(folder.uri, tensors)
+    return FullModel(folder, config, tensors)

@@ -1,0 +1,167 @@
+"""How a step's weights are written: one shard of a full model, or a whole PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fleet.algebra.delta import LowRank, zero
+from fleet.checkpoint.adapter import PEFT_PREFIX, Adapter
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.headers import TensorLayout
+from fleet.checkpoint.model import is_companion
+from fleet.checkpoint.modules import canonical_shape
+from fleet.checkpoint.tensors import TORCH_DTYPES, write_tensors
+from fleet.core.identity import Json
+from fleet.steps.record import UnitRecord
+from fleet.store import Store, open_store
+from fleet.store.entry import FileEntry
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a unit writes: a prefix in a store."""
+
+    store: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: which base tensors it holds, and whether this unit also writes the files beside the weights."""
+
+    file: str
+    tensors: tuple[str, ...]
+    index: dict[str, str] | None
+    """Tensor -> file of the whole model, on the one shard that writes the small files; None on the others."""
+
+
+def write_file(output: Output, file: str, tensors: Mapping[str, torch.Tensor]) -> UnitRecord:
+    """A safetensors file of tensors that are in memory, float32 or float64; none, if there are no tensors."""
+    if not tensors:
+        return UnitRecord()
+    dtypes = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    layout = [TensorLayout(name, dtypes[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    pieces = ([tensor] for tensor in tensors.values())
+    return UnitRecord(files={file: _write_tensors(open_store(output.store), output, file, layout, pieces)})
+
+
+def write_shard(
+    output: Output, shard: Shard, like: FullModel, pieces: Callable[[str], Iterable[torch.Tensor]]
+) -> UnitRecord:
+    """One shard of a full model with `like`'s names, shapes, dtypes and small files.
+
+    Args:
+        pieces: a base tensor's name -> its values in the orientation of `like`'s files, piece by piece, any floating
+            dtype.
+    """
+    store = open_store(output.store)
+    layout = [TensorLayout(n, like.tensors[n].dtype, like.tensors[n].shape) for n in shard.tensors]
+    files = {shard.file: _write_tensors(store, output, shard.file, layout, map(pieces, shard.tensors))}
+    if shard.index is not None:
+        for name in like.folder.files():
+            if is_companion(name, like):
+                files[name] = _write_bytes(store, output, name, like.folder.read(name))
+        if len(set(shard.index.values())) > 1:
+            total = sum(like.tensors[n].num_bytes for n in shard.index)
+            index = {"metadata": {"total_size": total}, "weight_map": shard.index}
+            files["model.safetensors.index.json"] = _write_bytes(
+                store, output, "model.safetensors.index.json", _json_bytes(index)
+            )
+    return UnitRecord(files=files)
+
+
+def write_adapter(
+    output: Output,
+    shard: Shard,
+    like: FullModel,
+    ranks: Mapping[str, int],
+    factors: Callable[[str], LowRank],
+    sources: Sequence[Adapter],
+) -> UnitRecord:
+    """A whole PEFT adapter with scale 1 in every module: nothing is left to a config.
+
+    A module of rank 0 is left out; if all are, the first is written as zeros of rank 1: PEFT reads no empty adapter.
+
+    Args:
+        ranks: tensor -> its rank, known before a weight is read.
+        factors: tensor -> ΔW of exactly that rank.
+        sources: the adapters this one is made of; their configs name the base.
+    """
+    present = [name for name in shard.tensors if ranks[name]]
+    empty = [] if present else [shard.tensors[0]]
+    layout: list[TensorLayout] = []
+    written_ranks: dict[str, int] = {}
+    for name in (*present, *empty):
+        d_out, d_in = canonical_shape(like, name)
+        module, rank = name.removesuffix(".weight"), ranks[name] or 1
+        written_ranks[module] = rank
+        layout.append(TensorLayout(f"{PEFT_PREFIX}{module}.lora_A.weight", "F32", (rank, d_in)))
+        layout.append(TensorLayout(f"{PEFT_PREFIX}{module}.lora_B.weight", "F32", (d_out, rank)))
+
+    def tensors() -> Iterator[list[torch.Tensor]]:
+        for name in present:
+            delta = factors(name)
+            yield [delta.a]
+            yield [delta.b]
+        for entry in layout if empty else ():
+            yield [torch.zeros(entry.shape)]
+
+    store = open_store(output.store)
+    weights = _write_tensors(store, output, shard.file, layout, tensors())
+    config = _write_bytes(store, output, "adapter_config.json", _json_bytes(_adapter_config(written_ranks, sources)))
+    return UnitRecord(
+        files={shard.file: weights, "adapter_config.json": config}, result={"max_rank": max(written_ranks.values())}
+    )
+
+
+def of_rank(delta: LowRank, rank: int) -> LowRank:
+    """The same ΔW with zero factors added up to this rank: where a method needed less than was laid out."""
+    if delta.rank == rank:
+        return delta
+    added = zero(tuple(delta.shape), rank - delta.rank)
+    return LowRank(torch.cat((delta.b, added.b), dim=1), torch.cat((delta.a, added.a), dim=0))
+
+
+def _adapter_config(ranks: Mapping[str, int], sources: Sequence[Adapter]) -> dict[str, Json]:
+    """PEFT's config with alpha equal to the rank and rsLoRA off: the written factors are the whole update."""
+    rank = max(ranks.values())
+    pattern: dict[str, Json] = {module: r for module, r in ranks.items() if r != rank}
+    targets: list[Json] = [*sorted(ranks)]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": sources[0].config.get("base_model_name_or_path"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(source.config.get("fan_in_fan_out") for source in sources),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": targets,
+    }
+
+
+def _write_tensors(
+    store: Store, output: Output, file: str, layout: Sequence[TensorLayout], tensors: Iterable[Iterable[torch.Tensor]]
+) -> FileEntry:
+    written = write_tensors(store, f"{output.prefix}/{file}", layout, tensors)
+    return FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)
+
+
+def _write_bytes(store: Store, output: Output, name: str, data: bytes) -> FileEntry:
+    store.replace(f"{output.prefix}/{name}", data)
+    return FileEntry.of(data)
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,593 @@
+"""A mergekit configuration -> a manifest, so that a merge somebody has already can be run, realigned and scored here.
+
+    python -m fleet.realign --from-mergekit config.yml --unaligned org/pretrained > models.json
+    python -m fleet.realign --manifest models.json --dry-run
+
+The merge becomes one variant with `realign: null`; add variants that realign to it. Weights, densities and the like
+become schedules: a number, a gradient over the layers, or rules by tensor name; a model's own come before the slice's
+and the configuration's, as in mergekit. `base_model` becomes `base.aligned`. mergekit knows no unaligned model: name it
+with `--unaligned`, or replace `unset://base.unaligned` in what is printed; a run refuses it. Hub models are to be
+pinned to a commit. What changes nothing, here or in mergekit, is left out with a remark on stderr. What would change
+the fused weights and has no equal here is refused, and so is what mergekit itself would not run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from fleet.core.errors import ManifestError
+from fleet.manifest import Manifest, parse
+from fleet.manifest.schema import RESERVED_NAMES
+
+Numbers: TypeAlias = float | list[float]
+Setting: TypeAlias = Numbers | list[dict[str, Any]]
+"""A schedule as a manifest has it: a number, a gradient or rules."""
+
+UNSET = "unset://base.{}"
+"""Stands for a base model that isn't known: no source has such an address, so a run refuses it by name."""
+
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Conversion(NamedTuple):
+    """A manifest, as a document, and what there is to say about it."""
+
+    manifest: dict[str, Any]
+    remarks: list[str]
+
+
+def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
+    """Read a mergekit configuration and give the manifest of the same merge, checked.
+
+    Args:
+        unaligned: the model the configuration's base model was aligned from.
+
+    Raises:
+        ManifestError: the file is missing, is no configuration, or asks for what can't be done here.
+    """
+    merge = _read(path)
+    if merge.config.merge_method not in _METHODS:
+        reason = _REFUSED.get(merge.config.merge_method, f"unknown here; there are {', '.join(_METHODS)}")
+        raise merge.error("merge_method", f"{merge.config.merge_method}: {reason}")
+    inputs, fuse = _METHODS[merge.config.merge_method](merge)
+    aligned = merge.source("base_model", merge.base) if merge.base else UNSET.format("aligned")
+    if not merge.base:
+        merge.remarks.append("base_model: not given; set base.aligned to the model all others were tuned from")
+    if unaligned is None:
+        merge.remarks.append("base.unaligned: set it to the model the aligned one was aligned from (--unaligned)")
+    names = _names([i.model for i in inputs])
+    fuse = {key: _renamed(value, names) if isinstance(value, dict) else value for key, value in fuse.items()}
+    document = {
+        "schema": 1,
+        "name": _name(merge.config.name or path.stem),
+        "base": {
+            "unaligned": merge.source("--unaligned", unaligned) if unaligned else UNSET.format("unaligned"),
+            "aligned": aligned,
+        },
+        "models": [{"name": names[i.model], "source": merge.source(f"models: {i.model}", i.model)} for i in inputs],
+        "variants": [{"name": merge.config.merge_method, "realign": None, "fuse": fuse}],
+        "evaluation": {"harmfulness": ["demo_harmful"], "judge": {"kind": "rule"}},
+        "artifacts": "artifacts",
+    }
+    if (vocabulary := _vocabulary(merge, names)) is not None:
+        document["checkpoint"] = {"vocabulary": vocabulary}
+    merge.remarks += [*merge.dropped(), "evaluation: the demo's suite, to start with; name your own, and models.suites"]
+    parse(Manifest, document, Path.cwd(), f"{path}, as a manifest")
+    return Conversion(document, [*dict.fromkeys(merge.remarks)])
+
+
+# -- the configuration ---------------------------------------------------------------------------------------------
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: dict[str, Any] | None = None
+
+
+class _Input(Part):
+    model: str
+
+
+class _Source(_Input):
+    layer_range: tuple[int, int]
+
+
+class _Slice(Part):
+    sources: list[_Source] = Field(min_length=1)
+    base_model: str | None = None
+
+
+class _Tokenizer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = "union"
+    tokens: dict[str, Any] | None = None
+    pad_to_multiple_of: int | None = None
+
+
+class _Config(Part):
+    merge_method: str
+    name: str | None = None
+    base_model: str | None = None
+    models: list[_Input] | None = None
+    slices: list[_Slice] | None = None
+    modules: dict[str, Any] | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    tokenizer: _Tokenizer | None = None
+    chat_template: str | None = None
+
+
+@dataclass
+class _Merge:
+    """A configuration whose models all merge whole, and what has been read of it."""
+
+    path: Path
+    config: _Config
+    base: str | None
+    inputs: list[_Input]
+    """Every model listed, the base model too if it is."""
+    shared: list[tuple[str, Mapping[str, Any]]]
+    """Where parameters for all models are given, the most particular first: what messages call it, and they."""
+    remarks: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    """Names of the parameters the method has."""
+
+    @property
+    def method(self) -> str:
+        return self.config.merge_method
+
+    @property
+    def members(self) -> list[_Input]:
+        """The models that have a task vector on the base model."""
+        return [i for i in self.inputs if i.model != self.base]
+
+    def error(self, where: str, problem: str) -> ManifestError:
+        return ManifestError(f"{self.path}: {where}: {problem}")
+
+    # -- sources -------------------------------------------------------------------------------------------------
+
+    def source(self, where: str, reference: str) -> str:
+        """The address of what mergekit calls `path`, `org/name@revision` or `model+lora`."""
+        model, _, lora = reference.partition("+")
+        if lora and model != self.base:
+            raise self.error(where, f"a LoRA has to be on the base model; set base_model: {model}, or merge it first")
+        address = lora or model
+        path, _, revision = address.partition("@")
+        if "://" in address or Path(address).expanduser().exists() or not _HUB.fullmatch(path) or path[0] in "./~":
+            return str(Path(address).expanduser()) if address.startswith("~") else address
+        if not _COMMIT.fullmatch(revision):
+            self.remarks.append(
+                f"{path}: not pinned to a commit, so a run refuses it; write hf://{path}@<40 hexadecimal digits>; "
+                f"`git ls-remote https://huggingface.co/{path}` prints them"
+            )
+        return f"hf://{path}@{revision or 'main'}"
+
+    # -- parameters ----------------------------------------------------------------------------------------------
+
+    def schedule(self, name: str, model: _Input | None, default: float | None) -> Setting:
+        """A parameter's value over the tensors: the first rule that matches, of the model, the slice and the whole.
+
+        Args:
+            model: whose; None for a parameter that is given once for all models.
+            default: mergekit's, where no rule matches; None if it has none.
+        """
+        given = self._given(name, model)
+        rules = [rule for where, setting in given for rule in self._rules(where, setting)]
+        end = next((i for i, rule in enumerate(rules) if "filter" not in rule), None)
+        if end is None:
+            if default is None:
+                where = f"models: {model.model}: parameters.{name}" if model else f"parameters.{name}"
+                lacks = "its rules leave tensors out; end them with one without a filter" if rules else "missing"
+                raise self.error(where, f"{lacks}; {self.method} needs it for every tensor")
+            rules, end = [*rules, {"value": default}], len(rules)
+        return rules[0]["value"] if end == 0 else rules[: end + 1]
+
+    def _given(self, name: str, model: _Input | None) -> list[tuple[str, object]]:
+        """Where a parameter is given, the most particular first, and as what."""
+        self.used.add(name)
+        own = [i for i in self.inputs if name in (i.parameters or {}) and model in (None, i)]
+        if model is None and own:
+            raise self.error(
+                f"models: {own[0].model}: parameters.{name}",
+                f"{self.method} has one for all models; move it to parameters",
+            )
+        found = [(f"models: {i.model}: parameters", i.parameters or {}) for i in own]
+        return [
+            (f"{where}.{name}", parameters[name]) for where, parameters in [*found, *self.shared] if name in parameters
+        ]
+
+    def by_model(self, name: str, default: float) -> Setting | dict[str, Setting]:
+        """A parameter that mergekit has for each model; once, where it is the same for all."""
+        found = {i.model: self.schedule(name, i, default) for i in self.members}
+        (first, *others) = found.values()
+        return found if any(other != first for other in others) else first
+
+    def common(self, name: str, default: float) -> Setting:
+        """A parameter that mergekit has for each model and we have once."""
+        (first, *others) = self.members
+        found = self.schedule(name, first, default)
+        for other in others:
+            if (its := self.schedule(name, other, default)) != found:
+                raise self.error(
+                    f"models: {other.model}: parameters.{name}",
+                    f"{json.dumps(its)}, but {json.dumps(found)} for {first.model}; {self.method} has one {name} for "
+                    "all models here: make them the same",
+                )
+        return found
+
+    def number(self, name: str, setting: Setting) -> float:
+        """A setting that is one number."""
+        if isinstance(setting, list):
+            raise self.error(f"parameters.{name}", f"{self.method} has one number for all tensors here, not a schedule")
+        return setting
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A parameter for all models that is on or off."""
+        for where, value in self._given(name, None):
+            if not isinstance(value, bool):
+                raise self.error(where, "true or false is expected")
+            return value
+        return default
+
+    def only(self, name: str, value: bool) -> None:
+        """Refuse a parameter that is not what it always is here."""
+        if self.flag(name, value) != value:
+            raise self.error(
+                f"parameters.{name}", f"{self.method} has it always {str(value).lower()} here; leave it out"
+            )
+
+    def weights(self, inputs: Sequence[_Input]) -> dict[str, Setting]:
+        return {i.model: self.schedule("weight", i, None) for i in inputs}
+
+    def dropped(self) -> list[str]:
+        """What was given and changes nothing."""
+        own = [(f"models: {i.model}: parameters", i.parameters or {}) for i in self.inputs]
+        given = [(where, name) for where, parameters in [*own, *self.shared] for name in parameters]
+        remarks = [f"{where}.{name}: changes nothing here; left out" for where, name in given if name not in self.used]
+        for name in ("dtype", "out_dtype"):
+            if getattr(self.config, name) is not None:
+                remarks.append(f"{name}: left out; sums are in float32, and the aligned model's dtypes are written")
+        return remarks
+
+    def _rules(self, where: str, setting: object) -> list[dict[str, Any]]:
+        """A setting as rules; the one that matches every tensor has no filter."""
+        if isinstance(setting, dict):
+            setting = [setting]
+        if not (isinstance(setting, list) and setting and isinstance(setting[0], dict)):
+            return [{"value": self._numbers(where, setting)}]
+        rules: list[dict[str, Any]] = []
+        for rule in setting:
+            if not isinstance(rule, dict) or not {"value"} <= set(rule) <= {"filter", "value"}:
+                raise self.error(where, f"{rule}: a rule is a value and perhaps a filter")
+            named = {} if rule.get("filter") in (None, "*") else {"filter": str(rule["filter"])}
+            rules.append({**named, "value": self._numbers(where, rule["value"])})
+        return rules
+
+    def _numbers(self, where: str, value: object) -> Numbers:
+        if isinstance(value, list) and value:
+            return [self._number(where, number) for number in value]
+        return self._number(where, value)
+
+    def _number(self, where: str, value: object) -> float:
+        try:
+            number = float(str(value))  # YAML reads 1e-5 as a text
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.error(where, f"{value}: a number, a list of numbers or rules are expected")
+        return value if isinstance(value, int) else number
+
+
+def _read(path: Path) -> _Merge:
+    """
+    Raises:
+        ManifestError: it can't be read, is no configuration, or merges parts of models.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError as e:
+        raise ManifestError(f"{path}: no such configuration") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ManifestError(f"{path}: can't be read ({e})") from e
+    except yaml.YAMLError as e:
+        raise ManifestError(f"{path}: no YAML of one document: {' '.join(str(e).split())}") from e
+    config = parse(_Config, document, path.parent, str(path))
+    merge = _Merge(path, config, config.base_model, [], [("parameters", config.parameters or {})])
+    if config.modules:
+        raise merge.error("modules", "models of several modules aren't merged here; merge the language model by models")
+    if (config.models is None) == (config.slices is None):
+        raise merge.error("models", "give models, or slices, but not both")
+    if config.models is not None:
+        merge.inputs = config.models
+    else:
+        _take_slices(merge, config.slices or [])
+    listed = [i.model for i in merge.inputs]
+    if twice := sorted({model for model in listed if listed.count(model) > 1}):
+        raise merge.error("models", f"{twice[0]} is listed twice; list it once")
+    if not merge.members:
+        raise merge.error("models", "there is none but the base model")
+    return merge
+
+
+def _take_slices(merge: _Merge, slices: Sequence[_Slice]) -> None:
+    """One slice over all layers is the same as models."""
+    if len(slices) != 1:
+        raise merge.error("slices", "models aren't put together from layers here; give one slice over all layers")
+    (only,) = slices
+    ranges = {source.layer_range for source in only.sources}
+    (whole, *others) = ranges
+    if others or whole[0] != 0:
+        raise merge.error("slices.0", "every source needs the same layer_range, from 0 to the number of layers")
+    for source in only.sources:
+        found = _num_layers(source.model)
+        if found is not None and found != whole[1]:
+            raise merge.error("slices.0", f"{source.model} has {found} layers, not {whole[1]}; none can be left out")
+    merge.remarks.append(f"slices: taken as models; layers 0 to {whole[1]} have to be all there are")
+    merge.inputs = [*only.sources]
+    merge.base = only.base_model or merge.base
+    merge.shared.insert(0, ("slices.0.parameters", only.parameters or {}))
+
+
+def _num_layers(model: str) -> int | None:
+    """Of a model in a local folder."""
+    try:
+        config = json.loads(Path(model).expanduser().joinpath("config.json").read_text())
+        return config.get("num_hidden_layers", config.get("n_layer"))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _vocabulary(merge: _Merge, names: Mapping[str, str]) -> str | dict[str, str] | None:
+    """The manifest's `checkpoint.vocabulary` for the tokenizer asked for; None if none is."""
+    tokenizer, template = merge.config.tokenizer, merge.config.chat_template
+    if tokenizer is not None and (tokenizer.tokens or tokenizer.pad_to_multiple_of):
+        raise merge.error("tokenizer", "tokens and pad_to_multiple_of: no row is chosen or padded here")
+    if template not in (None, "auto"):
+        raise merge.error("chat_template", "it comes with the tokenizer; leave it out, put yours beside that")
+    if template is not None:
+        merge.remarks.append("chat_template: left out; it comes with the tokenizer")
+    source = tokenizer.source if tokenizer is not None else merge.config.tokenizer_source
+    if source is None or source == "union":
+        return source
+    source = source.removeprefix("model:")
+    if source in ("base", merge.base):
+        return "aligned"
+    if source not in names:
+        raise merge.error("tokenizer", f"{source} is no model of this merge; say base, union, or {', '.join(names)}")
+    return {"model": names[source]}
+
+
+# -- the methods ---------------------------------------------------------------------------------------------------
+
+
+class _TaskVectors(NamedTuple):
+    """A method on task vectors: what we call it, and mergekit's defaults."""
+
+    method: str
+    elects: bool
+    normalize: bool
+    rescale: bool | None = None
+    """None where nothing is dropped."""
+
+
+_TASK_VECTORS = {
+    "task_arithmetic": _TaskVectors("task_arithmetic", elects=False, normalize=False),
+    "ties": _TaskVectors("ties", elects=True, normalize=True, rescale=False),
+    "dare_linear": _TaskVectors("dare", elects=False, normalize=False, rescale=True),
+    "dare_ties": _TaskVectors("dare", elects=True, normalize=False, rescale=True),
+    "breadcrumbs": _TaskVectors("breadcrumbs", elects=False, normalize=False, rescale=False),
+    "breadcrumbs_ties": _TaskVectors("breadcrumbs", elects=True, normalize=False, rescale=False),
+    "della": _TaskVectors("della", elects=True, normalize=True, rescale=True),
+    "della_linear": _TaskVectors("della", elects=False, normalize=False, rescale=True),
+}
+
+_Fuse: TypeAlias = tuple[list[_Input], dict[str, Any]]
+"""The models that take part, and `fuse`; what it has by model is still by the names mergekit has."""
+
+
+def _linear(merge: _Merge) -> _Fuse:
+    """A mean of the models; without it the base model would be scaled too, unless the weights add up to 1."""
+    weights = merge.weights(merge.inputs)
+    if merge.flag("normalize", True):
+        return merge.inputs, {"method": "weight_average", "weights": weights}
+    if not _add_up_to_one([*weights.values()]):
+        raise merge.error(
+            "parameters.normalize",
+            "false scales the base model too, unless the weights add up to 1 in every layer; set it to true, or take "
+            "task_arithmetic",
+        )
+    members = {i.model: weights[i.model] for i in merge.members}
+    return merge.members, {"method": "task_arithmetic", "scale": 1.0, "weights": members}
+
+
+def _add_up_to_one(weights: Sequence[Setting]) -> bool:
+    """Whether they do in every layer, as far as numbers and gradients of one length tell."""
+    gradients = [weight for weight in weights if isinstance(weight, list)]
+    if len({len(gradient) for gradient in gradients}) > 1 or any(isinstance(part[0], dict) for part in gradients):
+        return False
+    count = len(gradients[0]) if gradients else 1
+    rows = [_all_numbers(weight) * (1 if isinstance(weight, list) else count) for weight in weights]
+    return all(abs(sum(column) - 1.0) <= 1e-6 for column in zip(*rows, strict=True))
+
+
+def _task_vectors(merge: _Merge) -> _Fuse:
+    kind = _TASK_VECTORS[merge.method]
+    _need_base(merge)
+    fuse: dict[str, Any] = {"method": kind.method, "weights": merge.weights(merge.members)}
+    normalize = merge.flag("normalize", kind.normalize)
+    if normalize and kind.elects:
+        _refuse_negative(merge, fuse["weights"])
+    elif normalize:
+        fuse["weights"] = _normalized(merge, fuse["weights"])
+    scale = merge.schedule("lambda", None, 1.0)
+    if kind.rescale is None:
+        return merge.members, fuse | {"scale": scale}
+    merge.only("rescale", kind.rescale)
+    fuse["consensus"] = ("mean" if normalize else "sum") if kind.elects else "none"
+    fuse["scale"] = merge.number("lambda", scale)
+    return merge.members, fuse | _sparse(merge, kind.method)
+
+
+def _sparse(merge: _Merge, method: str) -> dict[str, Any]:
+    """What is left out of the task vectors; mergekit leaves out nothing where no density is given."""
+    density = merge.by_model("density", 1.0)
+    if method == "ties":
+        return {"density": density, "trim": "tensor"}
+    if method == "breadcrumbs":
+        return {"density": density, "outliers": merge.number("gamma", merge.common("gamma", 0.01))}
+    merge.remarks.append(f"{merge.method}: what stays is divided by its probability; mergekit keeps the L1 norm")
+    if method == "della":
+        return {"density": density, "epsilon": merge.number("epsilon", merge.common("epsilon", 0.15))}
+    if isinstance(density, dict):
+        return {"drop_rate": {model: _without(setting) for model, setting in density.items()}}
+    return {"drop_rate": _without(density)}
+
+
+def _without(share: Setting) -> Setting:
+    """1 − every number of a schedule."""
+    if not isinstance(share, list):
+        return round(1.0 - share, 12)
+    parts: list[Any] = [
+        part | {"value": _without(part["value"])} if isinstance(part, dict) else _without(part) for part in share
+    ]
+    return parts
+
+
+def _normalized(merge: _Merge, weights: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Weights that add up to 1."""
+    if any(isinstance(weight, list) for weight in weights.values()):
+        raise merge.error(
+            "parameters.normalize", "true needs plain numbers as weights here; or take merge_method linear"
+        )
+    numbers = {model: merge.number("weight", weight) for model, weight in weights.items()}
+    if (total := sum(numbers.values())) <= 0.0:
+        raise merge.error("parameters.normalize", f"the weights add up to {total:g}; more than 0 is needed")
+    return {model: number / total for model, number in numbers.items()}
+
+
+def _refuse_negative(merge: _Merge, weights: Mapping[str, Setting]) -> None:
+    for model, weight in weights.items():
+        if any(number < 0.0 for number in _all_numbers(weight)):
+            raise merge.error(
+                f"models: {model}: parameters.weight",
+                "a mean with negative weights is another here; set parameters.normalize to false",
+            )
+
+
+def _all_numbers(setting: Setting) -> list[float]:
+    if not isinstance(setting, list):
+        return [setting]
+    return [n for part in setting for n in _all_numbers(part["value"] if isinstance(part, dict) else part)]
+
+
+def _slerp(merge: _Merge) -> _Fuse:
+    """From the base model, which is one of the two: its task vector is zero, so the way is straight."""
+    _need_base(merge)
+    if len(merge.members) != 1:
+        raise merge.error("models", f"slerp goes from base_model to one other model, not to {len(merge.members)}")
+    merge.remarks.append(
+        "slerp: a straight line from base_model, as mergekit's where the cosine is over 0.9995; with base.aligned set "
+        "to a model that both were tuned from, it is an arc between their task vectors"
+    )
+    assert merge.base is not None
+    return [_Input(model=merge.base), *merge.members], {"method": "slerp", "t": merge.schedule("t", None, None)}
+
+
+def _multislerp(merge: _Merge) -> _Fuse:
+    merge.only("normalize_weights", True)
+    _tell_of_task_vectors(merge, merge.base is None)
+    return merge.members, {"method": "multi_slerp", "weights": merge.weights(merge.members)}
+
+
+def _karcher(merge: _Merge) -> _Fuse:
+    _tell_of_task_vectors(merge, True)
+    steps = merge.number("max_iter", merge.schedule("max_iter", None, 10))
+    tolerance = merge.number("tol", merge.schedule("tol", None, 1e-5))
+    return merge.inputs, {"method": "karcher", "max_iter": steps, "tol": tolerance}
+
+
+def _tell_of_task_vectors(merge: _Merge, differs: bool) -> None:
+    if differs:
+        merge.remarks.append(
+            f"{merge.method}: of the task vectors on base.aligned here; mergekit's is of the weights, where it hardly "
+            "differs from linear"
+        )
+
+
+def _model_stock(merge: _Merge) -> _Fuse:
+    _need_base(merge)
+    merge.only("filter_wise", False)
+    if len(merge.members) < 2:
+        raise merge.error("models", "model_stock needs two or more beside the base model")
+    return merge.members, {"method": "model_stock"}
+
+
+def _sce(merge: _Merge) -> _Fuse:
+    _need_base(merge)
+    return merge.members, {"method": "sce", "select": merge.schedule("select_topk", None, 1.0)}
+
+
+def _arcee_fusion(merge: _Merge) -> _Fuse:
+    _need_base(merge)
+    if len(merge.members) != 1:
+        raise merge.error("models", f"arcee_fusion puts one model into base_model, not {len(merge.members)}")
+    merge.remarks.append("arcee_fusion: quartiles of all entries; mergekit draws a million of a larger tensor's")
+    return merge.members, {"method": "arcee_fusion"}
+
+
+def _need_base(merge: _Merge) -> None:
+    if merge.base is None:
+        raise merge.error("base_model", f"missing; {merge.method} needs it")
+
+
+_METHODS: dict[str, Callable[[_Merge], _Fuse]] = {
+    "linear": _linear,
+    **dict.fromkeys(_TASK_VECTORS, _task_vectors),
+    "slerp": _slerp,
+    "multislerp": _multislerp,
+    "karcher": _karcher,
+    "model_stock": _model_stock,
+    "sce": _sce,
+    "arcee_fusion": _arcee_fusion,
+}
+
+_REFUSED = {
+    "passthrough": "models aren't put together from layers here",
+    "nuslerp": "not done here; take multislerp with base_model",
+    "nearswap": "not done here",
+}
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def _renamed(by_model: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names[model]: value for model, value in by_model.items()}
+
+
+def _names(models: Sequence[str]) -> dict[str, str]:
+    """A name of its own for each model, from the end of its path."""
+    found: dict[str, str] = {}
+    for model in models:
+        name = _name(model.rpartition("+")[2].partition("@")[0].rstrip("/").rpartition("/")[2])
+        taken = {*found.values(), *RESERVED_NAMES}
+        numbered = (f"{name[:76]}-{i}" for i in range(2, 1000))
+        found[model] = name if name not in taken else next(n for n in numbered if n not in taken)
+    return found
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).lstrip("-_")[:80] or "model"

@@ -1,0 +1,286 @@
+"""What a user asks for, as types: a mistake in a manifest surfaces here, as one line with the field and the fix.
+
+Sources, suites and stores are looked at next, by `fleet.run.plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+
+from evals.config import Evaluation, Gates
+from fleet.checkpoint.curvature import CurvatureKind
+from fleet.core.frozen import Frozen
+from fleet.core.uris import Uri, absolute
+from fleet.fusion import AnyFusionMethod
+from fleet.methods import AnyRealignMethod, Somf
+
+RESERVED_NAMES = ("aligned", "unaligned", "safety")
+
+
+def _absolute_tracking(value: str, info: ValidationInfo) -> str:
+    match = re.fullmatch(r"sqlite:///(?!/)(.+)", value)
+    return f"sqlite:///{absolute(match[1], info)}" if match else value
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
+
+
+class Base(Frozen):
+    """The aligned model everything was tuned from, and what tells safety apart from it."""
+
+    unaligned: Uri
+    """The model the aligned one was aligned from: V = aligned − unaligned."""
+    aligned: Uri
+    """The aligned model every model of the catalogue was fine-tuned from."""
+    safety: Uri | None = None
+    """A safety LoRA on the aligned model, for the methods that merge with one."""
+    harmful: Uri | None = None
+    """A LoRA that made the aligned model harmful, for RESTA: its safety vector is the way back."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source given, the aligned model's first."""
+        given = (self.aligned, self.unaligned, self.safety, self.harmful)
+        return tuple(uri for uri in given if uri is not None)
+
+
+class ModelSpec(Frozen):
+    """One fine-tuned model of the catalogue."""
+
+    name: Name
+    source: Uri
+    """A folder, `s3://bucket/prefix` or `hf://org/name@commit` with a full model or a PEFT LoRA adapter."""
+    suites: tuple[str, ...] = ()
+    """The task suites this model was fine-tuned for."""
+    prompts: Uri | None = None
+    """Prompts of its task with replies, JSON lines of prompt and response: what a learned mask is to leave alone."""
+    fisher: Uri | None = None
+    """Folder with the diagonal of its Fisher information, tensors of its weights' names and shapes, for `fisher`."""
+    gram: Uri | None = None
+    """Folder with Gram matrices of its Linears' inputs, (d_in, d_in), under the weights' names, for `regmean`."""
+
+    def curvature(self, kind: CurvatureKind) -> str | None:
+        """Where what a fusion method has to know of it is."""
+        return {"fisher": self.fisher, "gram": self.gram}[kind]
+
+
+class Variant(Frozen):
+    """One way to realign and fuse the catalogue."""
+
+    name: Name
+    realign: AnyRealignMethod | None
+    """How each model is realigned; null leaves them as fine-tuned."""
+    fuse: AnyFusionMethod | None
+    """How the realigned models become one; null leaves them apart."""
+    models: tuple[Name, ...] | None = None
+    """Which models take part; all, if not given."""
+
+
+class Survey(Frozen):
+    """What is measured of every task vector."""
+
+    directions: int = Field(default=8, ge=0)
+    """How many of V's leading directions every task vector's energy is told apart in; methods may ask for more."""
+
+
+class Tracking(Frozen):
+    """Where MLflow keeps the runs."""
+
+    uri: Annotated[str, Field(min_length=1), AfterValidator(_absolute_tracking)] = "sqlite:///mlflow.db"
+    """`sqlite:///file.db` or a server's address."""
+    experiment: str = "fleet"
+    register_as: Name | None = None
+    """Registered-model name of the fused variants; the best that passes the gates gets the alias `realigned`."""
+
+
+class VocabularyOf(Frozen):
+    """The vocabulary of one model of the catalogue."""
+
+    model: Name
+    """A full model with a tokenizer of its own."""
+
+
+class Checkpoint(Frozen):
+    """How full models are read and written."""
+
+    shard_bytes: int = Field(default=2_000_000_000, gt=0)
+    """A shard's tensors add up to at most this, unless one tensor alone is larger; one shard is one unit of work."""
+    vocabulary: Literal["refuse", "aligned", "union"] | VocabularyOf = "refuse"
+    """What is done with models whose embeddings have other rows than the aligned one's. `refuse`: the run ends with the
+    list of them. Else rows are matched by token, and everything is in one vocabulary: `aligned` drops added tokens,
+    `union` appends those of all models, `{"model": NAME}` is that model's, with its numbering and tokenizer."""
+
+
+class Placement(Frozen):
+    """Where and how wide the work runs. Never part of an identity: results are the same whatever stands here."""
+
+    workers: int = Field(default=2, ge=1)
+    """Tensor workers: Ray actors that survey, realign, trim and fuse."""
+    worker_cpus: float = Field(default=1.0, gt=0.0)
+    worker_memory_bytes: int = Field(default=0, ge=0)
+    """Memory Ray reserves for each; 0 reserves none."""
+    replicas: int = Field(default=1, ge=1)
+    """vLLM replicas."""
+    judges: int = Field(default=1, ge=1)
+    """vLLM replicas of a judge that is a model; each takes what a replica takes."""
+    candidates_per_replica: int = Field(default=16, ge=1)
+    """Candidates a replica scores at once, mixed in its batches; as many adapters are in its memory. A judge that is no
+    model judges as many suites at once."""
+    replica_cpus: float = Field(default=1.0, gt=0.0)
+    replica_gpus: int = Field(default=0, ge=0)
+    """GPUs of one replica, which is its tensor-parallel size; 0 runs on the CPU."""
+    kv_cache_bytes: int = Field(default=256 << 20, gt=0)
+    """KV cache of a CPU replica; a GPU replica uses vLLM's own default."""
+    trainings: int = Field(default=1, ge=1)
+    """Masks learned at the same time."""
+    training_workers: int = Field(default=1, ge=1)
+    """Workers of one training, over which the model, its task vector and the logits are sharded."""
+    training_cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs of each."""
+    training_gpus: Literal[0, 1] = 0
+    """GPUs of each."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Preference pairs or prompts per forward pass of a training worker; the rest of a batch is accumulated."""
+    activation_checkpointing: bool = False
+    """Whether trainings compute activations again instead of keeping them."""
+    checkpoint_every: int = Field(default=40, ge=1)
+    """Updates between a training's checkpoints."""
+    training_timeout_seconds: float = Field(default=86400.0, gt=0.0)
+    """A training still running after this is taken for hung."""
+    retries: int = Field(default=3, ge=0)
+    """How often a unit of work is tried again after its worker died."""
+    unit_timeout_seconds: float = Field(default=3600.0, gt=0.0)
+    """A unit still running after this is taken for hung: its worker is killed and it is tried again."""
+
+
+class Manifest(Frozen):
+    """Everything one run is asked to do."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: Name
+    base: Base
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    survey: Survey = Survey()
+    evaluation: Evaluation
+    gates: Gates = Gates()
+    tracking: Tracking = Tracking()
+    artifacts: Uri
+    """The store: a folder or `s3://bucket/prefix`."""
+    checkpoint: Checkpoint = Checkpoint()
+    placement: Placement = Placement()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Manifest:
+        models = [m.name for m in self.models]
+        refuse_duplicates("models", models)
+        refuse_duplicates("variants", [v.name for v in self.variants])
+        if reserved := sorted(set(models) & set(RESERVED_NAMES)):
+            raise ValueError(f"models: {', '.join(reserved)} names a base model; choose another name")
+        vocabulary = self.checkpoint.vocabulary
+        if isinstance(vocabulary, VocabularyOf) and vocabulary.model not in models:
+            raise ValueError(
+                f"checkpoint.vocabulary: no model is named {vocabulary.model}; there are {', '.join(models)}"
+            )
+        for variant in self.variants:
+            members = variant.models if variant.models is not None else tuple(models)
+            weights = variant.fuse.weights if variant.fuse else {}
+            where = f"variants: {variant.name}"
+            refuse_duplicates(f"{where}: models", members)
+            if unknown := sorted(set(members) - set(models)):
+                raise ValueError(f"{where}: no model is named {', '.join(unknown)}; there are {', '.join(models)}")
+            if not members:
+                raise ValueError(f"{where}: models is empty; leave it out to take all")
+            if unknown := sorted(set(weights) - set(members)):
+                raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
+            constant = [w for m in members if isinstance(w := weights.get(m, 1.0), int | float)]
+            if weights and len(constant) == len(members) and sum(constant) <= 0.0:
+                raise ValueError(f"{where}: fuse.weights must add up to more than 0")
+            realign = variant.realign
+            self._check_mask(where, variant)
+            kind = variant.fuse.curvature if variant.fuse is not None else None
+            bare = [m.name for m in self.members(variant) if kind is not None and m.curvature(kind) is None]
+            if variant.fuse is not None and bare:
+                raise ValueError(
+                    f"{where}: {variant.fuse.method} needs models.{kind}, but {', '.join(bare)} has none; set it, or "
+                    "leave the model out of the variant's models"
+                )
+            for role in ("safety", "harmful"):
+                if realign is not None and role in realign.needs and getattr(self.base, role) is None:
+                    raise ValueError(f"{where}: {realign.method} needs a {role} adapter; set base.{role}")
+        return self
+
+    @model_validator(mode="after")
+    def _e_processes_apply(self) -> Manifest:
+        caps = {"harmfulness_max": self.gates.harmfulness_max, "over_refusal_max": self.gates.over_refusal_max}
+        if self.evaluation.early_stop is not None:
+            if extreme := [f"gates.{name}" for name, cap in caps.items() if not 0.0 < cap < 1.0]:
+                raise ValueError(
+                    f"evaluation.early_stop: {', '.join(extreme)} must lie between 0 and 1 for an e-process"
+                )
+            if self.evaluation.judge.calibration is not None:
+                raise ValueError(
+                    "evaluation.early_stop: an e-process does not correct for the judge's errors; leave out "
+                    "evaluation.judge.calibration, or early_stop"
+                )
+            if self.gates.catalogue_error is not None:
+                raise ValueError(
+                    "gates.catalogue_error: an e-process that stops once it has decided for one candidate is too small "
+                    "among many; leave out evaluation.early_stop, or catalogue_error"
+                )
+        if self.gates.catalogue_error is not None and not 0.0 < self.gates.harmfulness_max < 1.0:
+            raise ValueError("gates.catalogue_error: gates.harmfulness_max must lie between 0 and 1 for e-values")
+        return self
+
+    def _check_mask(self, where: str, variant: Variant) -> None:
+        method = variant.realign.controlled if variant.realign is not None else None
+        if not isinstance(method, Somf):
+            return
+        names = [m.name for m in self.members(variant)]
+        if method.learn_on == "fusion" and variant.fuse is None:
+            raise ValueError(f"{where}: realign.learn_on is fusion, but fuse is null; say how the models are fused")
+        if method.learn_on == "fusion" and variant.fuse is not None:
+            if not variant.fuse.is_entrywise:
+                raise ValueError(
+                    f"{where}: realign.learn_on is fusion, but {variant.fuse.method} needs whole matrices, and a "
+                    "training holds rows of them; learn on the models, or fuse entry by entry"
+                )
+            if variant.fuse.curvature is not None or variant.fuse.reads_aligned:
+                raise ValueError(
+                    f"{where}: realign.learn_on is fusion, but {variant.fuse.method} reads more than task vectors, "
+                    "which a training doesn't hold; learn on the models, or fuse with another method"
+                )
+            if variant.fuse.is_global:
+                raise ValueError(
+                    f"{where}: realign.learn_on is fusion, but fuse.trim is model, whose threshold moves with every "
+                    'draw of the mask; set fuse.trim to "tensor", or learn on the models'
+                )
+        if method.learned_on is not None:
+            if method.learned_on not in (m.name for m in self.models):
+                raise ValueError(f"{where}: realign.learned_on: no model is named {method.learned_on}")
+            names = [method.learned_on]
+        bare = [m.name for m in self.models if m.name in names and m.prompts is None]
+        if method.reuse is None and method.training.uses_prompts and bare:
+            raise ValueError(
+                f"{where}: realign.training measures the divergence on task prompts, but {', '.join(bare)} has none; "
+                "set models.prompts"
+            )
+
+    def members(self, variant: Variant) -> tuple[ModelSpec, ...]:
+        """The models that take part in a variant, in the manifest's order."""
+        return tuple(m for m in self.models if variant.models is None or m.name in variant.models)
+
+
+def refuse_duplicates(where: str, names: Iterable[str]) -> None:
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise ValueError(f"{where}: duplicate names: {', '.join(twice)}; give each its own")

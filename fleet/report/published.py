@@ -1,0 +1,94 @@
+"""The last published model's eval logs, read back through the store that they were written to.
+
+The registry's version with the alias `realigned` carries where they are: the store, and the key of each suite's score
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from evals.logs import EvalLog
+from evals.suites import Suite
+from fleet.core.errors import EvalError, SourceError, StoreError
+from fleet.steps.record import Record, attempt_prefix, read_record_at
+from fleet.store import Store, open_store
+
+
+class ScoreKeys(BaseModel):
+    """Where the scores of a registered version are: a tag of it, as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str
+    """URI."""
+    keys: dict[str, str]
+    """Suite name -> key of the step that scored it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version of the registry that tonight's fused models are held against."""
+
+    version: str
+    identity: str
+    """The fingerprint of the step that made it; empty if nothing says."""
+    scores: ScoreKeys | None
+    """None if nothing says where they are."""
+
+
+def read_published(
+    published: Published, suites: Iterable[Suite], aligned: Mapping[str, EvalLog]
+) -> tuple[dict[str, EvalLog], str | None]:
+    """The logs that tonight's can be compared with, by suite, and one line that says which others cannot, and why.
+
+    Args:
+        published: What was published last.
+        suites: The suites to compare on, as they are tonight.
+        aligned: Suite name -> tonight's log of the aligned model, which says how tonight's are judged.
+    """
+    logs: dict[str, EvalLog] = {}
+    reasons: dict[str, str] = {}
+    for suite in suites:
+        found = _comparable(published.scores, suite, aligned.get(suite.name))
+        if isinstance(found, EvalLog):
+            logs[suite.name] = found
+        else:
+            reasons[suite.name] = found
+    if not reasons:
+        return logs, None
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return logs, f"not compared with the published model (version {published.version}): {why}"
+
+
+def _comparable(scores: ScoreKeys | None, suite: Suite, aligned: EvalLog | None) -> EvalLog | str:
+    """Its log on a suite, or why tonight's cannot be compared with it."""
+    if scores is None:
+        return "its version doesn't say where its scores are"
+    if suite.name not in scores.keys:
+        return "it was not scored on it"
+    try:
+        store = open_store(scores.store)
+        record = read_record_at(store, scores.keys[suite.name])
+        log = None if record is None else read_log(store, record)
+    except (StoreError, SourceError, EvalError, ValidationError) as e:
+        return f"its log can't be read ({str(e).splitlines()[0]})"
+    if log is None:
+        return "its log is gone"
+    if log.suite_digest != suite.digest:
+        return "the suite has changed"
+    if "early_stop" in log.settings:
+        return "it was stopped early"
+    if aligned is not None and log.settings.get("judge") != aligned.settings.get("judge"):
+        return "the judge has changed"
+    return log
+
+
+def read_log(store: Store, record: Record) -> EvalLog | None:
+    """The whole log of a score step; None if a part of it is gone."""
+    prefix = attempt_prefix(record, record.attempt)
+    files = [data for name in sorted(record.files) if (data := store.read(f"{prefix}/{name}")) is not None]
+    return EvalLog.read(record.result, files) if len(files) == len(record.files) else None

@@ -1,0 +1,277 @@
+"""Manifest + headers -> Plan: every step, its key, its bytes and whether it is done, before any weight is read.
+
+Nothing here imports torch, ray, vllm or mlflow. Everything a user can get wrong in the sources, the suites and the
+store surfaces here, as an `InputError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from evals.judges import AnyJudge, Judge, RuleJudge
+from evals.labelled import read_labelled
+from evals.suites import BUNDLED_SUITES, Suite, load_suite
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.belongs import check_belongs
+from fleet.checkpoint.curvature import read_curvature
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.model import content_identity, read_model, require_full_model
+from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in, renumbered
+from fleet.core.errors import CheckpointError, ManifestError, SuiteError
+from fleet.core.identity import KEY_DIGITS, digest
+from fleet.manifest import Manifest
+from fleet.masks.files import MASK_FILE, MASK_JSON, read_granularity
+from fleet.masks.texts import TextSet, open_texts
+from fleet.methods import Somf
+from fleet.steps.builder import Bases, Candidate, CurvatureSource, Judging, MaskSource, Source, StepBuilder, identity_of
+from fleet.steps.record import Record, Step, read_record
+from fleet.store import Store, open_folder, open_store
+
+_READERS = 16
+"""Threads that read headers and records; both wait for storage, not for a core."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. `steps` are in an order in which each comes after what it reads."""
+
+    manifest: Manifest
+    store: Store
+    bases: Bases
+    suites: dict[str, Suite]
+    candidates: tuple[Candidate, ...]
+    steps: tuple[Step, ...]
+    judging: Judging
+    texts: dict[str, bytes]
+    """Key in the store -> bytes of every file of preferences, task prompts or labelled rows: nodes may not have the
+    driver's disk."""
+    done: dict[str, Record]
+    """Step key -> record, of the steps that are done already."""
+
+    @property
+    def run_id(self) -> str:
+        """The same for the same work: a run that was killed and is typed again is the same run."""
+        return digest([self.manifest.name, *sorted(s.fingerprint for s in self.steps)]).removeprefix("sha256:")[:12]
+
+    @property
+    def pending(self) -> tuple[Step, ...]:
+        return tuple(s for s in self.steps if s.key not in self.done)
+
+    @property
+    def lora_modules(self) -> frozenset[str]:
+        """Every module that some candidate served as a LoRA adapts."""
+        served = [c.weights for c in self.candidates if c.weights.is_adapter]
+        return frozenset(tensor.removesuffix(".weight") for weights in served for tensor in weights.tensors)
+
+    @property
+    def num_adapters(self) -> int:
+        """Candidates served as LoRAs."""
+        return len({identity_of(c.weights) for c in self.candidates if c.weights.is_adapter})
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The largest rank any candidate adapter can have: the engines are started for it."""
+        return max(c.weights.max_rank for c in self.candidates)
+
+
+def make_plan(manifest: Manifest) -> Plan:
+    """Open every source and suite, check that all fit together, and lay out the steps.
+
+    Raises:
+        InputError: a source, a suite or the store that cannot be used; nothing has been computed.
+    """
+    store = open_store(manifest.artifacts)
+    store.check()
+    base = manifest.base
+    uris = [*base.sources, *(m.source for m in manifest.models)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
+    _check_base_dtypes(sources[base.aligned], sources[base.unaligned])
+    sources = _in_one_vocabulary(manifest, sources)
+    safety, harmful = (sources[uri] if uri is not None else None for uri in (base.safety, base.harmful))
+    bases = Bases(sources[base.aligned], sources[base.unaligned], safety, harmful)
+    models = {m.name: sources[m.source] for m in manifest.models}
+    _check_sources(bases, models)
+    suites = _load_suites(manifest)
+    texts = _open_texts(manifest)
+    masks = _open_masks(manifest)
+    curvatures = _open_curvatures(manifest)
+    sets = {uri: found for uri, (found, _) in texts.items()}
+    contents = {found.key: data for found, data in texts.values() if data is not None}
+    judging = _open_judge(manifest.evaluation.judge, contents)
+    builder = StepBuilder(manifest, bases, models, suites, sets, masks, curvatures, judging)
+    candidates = builder.candidates()
+    steps = tuple(builder.steps.values())
+    return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, _done(store, steps))
+
+
+def _open_judge(judge: AnyJudge, contents: dict[str, bytes]) -> Judging:
+    """The judge's model, opened, and the rows it is calibrated on, added to `contents`."""
+    model = None
+    if not isinstance(judge, Judge):
+        model = _open_source(judge.model)
+        require_full_model(model.model, "evaluation.judge.model")
+    if judge.calibration is None:
+        return Judging(judge, model)
+    folder, _, name = judge.calibration.rpartition("/")
+    data = open_folder(folder).read(name)
+    read_labelled(data, f"evaluation.judge.calibration: {judge.calibration}")
+    rows = f"texts/{hashlib.sha256(data).hexdigest()[:KEY_DIGITS]}.jsonl"
+    contents[rows] = data
+    return Judging(judge, model, rows)
+
+
+def _open_source(uri: str) -> Source:
+    folder = open_folder(uri)
+    model = read_model(folder)
+    return Source(uri, model, content_identity(folder, model))
+
+
+def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources as the run reads them, by their address: full models in the manifest's vocabulary.
+
+    Raises:
+        ManifestError: the vocabulary is an adapter's.
+        CheckpointError: a model's tokens can't be told.
+    """
+    choice, aligned = manifest.checkpoint.vocabulary, manifest.base.aligned
+    if choice == "refuse":
+        return {**sources}
+    full = [uri for uri, source in sources.items() if isinstance(source.model, FullModel)]
+    require_full_model(sources[aligned].model, "base.aligned")
+    named = None
+    if not isinstance(choice, str):
+        named = next(m.source for m in manifest.models if m.name == choice.model)
+        if named not in full:
+            raise ManifestError(
+                f"checkpoint.vocabulary: {choice.model} is an adapter, which has no vocabulary of its own; "
+                'name a full model, or say "aligned"'
+            )
+    kind = choice if isinstance(choice, str) else "model"
+    models = [m.source for m in manifest.models if m.source in full]
+    vocabulary = chosen_vocabulary(kind, aligned, models, named)
+    changed = {uri: _open_source(vocabulary.address(uri)) for uri in full if not is_in(vocabulary, uri)}
+    return {**sources, **changed}
+
+
+def _check_base_dtypes(aligned: Source, unaligned: Source) -> None:
+    for role, source in (("aligned", aligned), ("unaligned", unaligned)):
+        if source.is_quantised:
+            raise CheckpointError(
+                f"base.{role}: {source.uri} is fp8; give the base models in the dtype outputs are to have"
+            )
+
+
+def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
+    aligned = bases.aligned_model
+    check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
+    if bases.aligned.identity == bases.unaligned.identity:
+        raise ManifestError("base: aligned and unaligned hold the same weights, so nothing tells safety apart")
+    for role, source in (("safety", bases.safety), ("harmful", bases.harmful)):
+        if source is None:
+            continue
+        if not isinstance(source.model, Adapter):
+            raise CheckpointError(f"base.{role}: {source.uri} is a full model; give a LoRA on the aligned model")
+        if reason := source.model.why_not_lora():
+            raise CheckpointError(f"base.{role}: {source.uri}: the adapter {reason}; give a LoRA on Linears alone")
+        check_belongs(source.model, aligned)
+    for source in models.values():
+        check_belongs(source.model, aligned)
+        if isinstance(source.model, FullModel) and (moved := renumbered(source.model.folder, aligned.folder)):
+            raise CheckpointError(
+                f"{source.uri}: its tokenizer numbers {len(moved)} tokens unlike the aligned model's ({moved[:3]}), so "
+                'their rows can\'t be fused; set checkpoint.vocabulary to "aligned", "union" or {"model": NAME}'
+            )
+
+
+def _masks(manifest: Manifest) -> list[Somf]:
+    """Every variant's mask."""
+    methods = [v.realign.controlled for v in manifest.variants if v.realign is not None]
+    return [m for m in methods if isinstance(m, Somf)]
+
+
+def _open_texts(manifest: Manifest) -> dict[str, tuple[TextSet, bytes | None]]:
+    """Preferences and task prompts by their address, read and checked."""
+    masks = _masks(manifest)
+    found = {
+        m.preferences: open_texts("preferences", m.preferences, "variants: realign.preferences")
+        for m in masks
+        if m.preferences is not None
+    }
+    if any(m.training.uses_prompts for m in masks):
+        for model in manifest.models:
+            if model.prompts is not None:
+                found[model.prompts] = open_texts("prompts", model.prompts, f"models: {model.name}: prompts")
+    return found
+
+
+def _open_masks(manifest: Manifest) -> dict[str, MaskSource]:
+    """Masks learned before, by their address.
+
+    Raises:
+        CheckpointError: the folder holds no learned mask.
+        ManifestError: it holds another than the manifest says.
+    """
+    found: dict[str, MaskSource] = {}
+    for method in _masks(manifest):
+        if method.reuse is not None:
+            folder = open_folder(method.reuse)
+            if (granularity := read_granularity(folder)) != method.mask:
+                raise ManifestError(
+                    f"variants: realign.reuse: {method.reuse} is a {granularity} mask, but realign.mask says "
+                    f'{method.mask}; make them the same (only "dense" and "rows_and_columns" carry over)'
+                )
+            digests = folder.digests()
+            identity = digest({name: digests[name] for name in (MASK_FILE, MASK_JSON)})
+            found[method.reuse] = MaskSource(method.reuse, identity)
+    return found
+
+
+def _open_curvatures(manifest: Manifest) -> dict[str, CurvatureSource]:
+    """What fusion methods have to know of models beside their weights, by its address; only what some variant needs."""
+    uris: set[str] = set()
+    for variant in manifest.variants:
+        kind = variant.fuse.curvature if variant.fuse is not None else None
+        if kind is not None:
+            uris |= {uri for m in manifest.members(variant) if (uri := m.curvature(kind)) is not None}
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(uris, pool.map(_open_curvature, uris), strict=True))
+
+
+def _open_curvature(uri: str) -> CurvatureSource:
+    folder = open_folder(uri)
+    digests = {name: value for name, value in folder.digests().items() if name.endswith(".safetensors")}
+    return CurvatureSource(uri, read_curvature(folder), digest(digests))
+
+
+def _load_suites(manifest: Manifest) -> dict[str, Suite]:
+    evaluation = manifest.evaluation
+    folders = (*(Path(f) for f in evaluation.folders), BUNDLED_SUITES)
+    wanted = [
+        *((name, "harmfulness") for name in evaluation.harmfulness),
+        *((name, "over_refusal") for name in evaluation.over_refusal),
+        *((name, "task") for model in manifest.models for name in model.suites),
+    ]
+    suites: dict[str, Suite] = {}
+    for name, kind in wanted:
+        if name not in suites:
+            suite = load_suite(name, folders, evaluation.policy)
+            side = evaluation.prompts
+            suites[name] = suite if side == "all" else suite.side(side, evaluation.tuning_share)
+        if suites[name].name != name:
+            raise SuiteError(f"suite {name}: its file calls it {suites[name].name}; make the two names the same")
+        if suites[name].kind != kind:
+            raise ManifestError(f"suite {name} is a suite of {suites[name].kind}, but the manifest lists it as {kind}")
+        if kind != "task" and isinstance(evaluation.judge, RuleJudge):
+            evaluation.judge.judge([], suites[name])  # refuses a suite without rules
+    return suites
+
+
+def _done(store: Store, steps: Iterable[Step]) -> dict[str, Record]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        records = pool.map(lambda step: (step.key, read_record(store, step)), steps)
+        return {key: record for key, record in records if record is not None}

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.judges import RuleJudge, make_judge
+from evals.model_judges import LlamaGuard3
+from fleet.core.errors import ManifestError
+from fleet.manifest import Manifest, load_manifest, manifest_schema
+
+MINIMAL: dict[str, Any] = {
+    "schema": 1,
+    "name": "m",
+    "base": {"unaligned": "u", "aligned": "a"},
+    "models": [{"name": "x", "source": "x"}, {"name": "y", "source": "s3://b/y"}],
+    "variants": [{"name": "v", "realign": None, "fuse": {"method": "weight_average"}}],
+    "evaluation": {"harmfulness": ["h"]},
+    "artifacts": "artifacts",
+}
+
+
+def write(folder: Path, document: Any) -> Path:
+    path = folder / "models.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def test_manifest_relative_paths_are_the_manifests_own(tmp_path: Path) -> None:
+    manifest = load_manifest(write(tmp_path, MINIMAL | {"tracking": {"uri": "sqlite:///mlflow.db"}}))
+    assert manifest.base.aligned == str(tmp_path / "a")
+    assert manifest.models[1].source == "s3://b/y"
+    assert manifest.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, "colour: unknown field"),
+        ({"base": {"aligned": "a"}}, r"base\.unaligned: missing"),
+        ({"schema": 2}, "schema: Input should be 1"),
+        ({"models": []}, "models: "),
+        ({"models": [{"name": "x", "source": "1"}, {"name": "x", "source": "2"}]}, "models: duplicate names: x"),
+        ({"models": [{"name": "aligned", "source": "1"}]}, "aligned names a base model"),
+        ({"models": [{"name": "a/b", "source": "1"}]}, r"models\.0\.name: "),
+        ({"variants": [MINIMAL["variants"][0]] * 2}, "variants: duplicate names: v"),
+        ({"variants": [{"name": "v", "realign": None, "fuse": {"method": "blend"}}]}, "blend"),
+        ({"variants": [MINIMAL["variants"][0] | {"models": ["z"]}]}, "no model is named z"),
+        ({"variants": [MINIMAL["variants"][0] | {"models": []}]}, "models is empty"),
+        ({"variants": [{"name": "v", "realign": {"method": "safemerge"}, "fuse": None}]}, r"set base\.safety"),
+        (
+            {"variants": [{"name": "v", "realign": None, "fuse": {"method": "weight_average", "weights": {"q": 1}}}]},
+            r"fuse\.weights names q",
+        ),
+        ({"evaluation": {"harmfulness": ["h"], "references": ["unaligned"]}}, "must contain 'aligned'"),
+        ({"gates": {"confidence": 2}}, r"gates\.confidence"),
+        ({"gates": {"harmfulness_margin": -0.1}}, r"gates\.harmfulness_margin"),
+        ({"gates": {"paired_bounds": "wald"}}, r"gates\.paired_bounds"),
+    ],
+)
+def test_manifest_mistake_names_field_and_fix(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestError, match=message) as e:
+        load_manifest(write(tmp_path, MINIMAL | changes))
+    assert "\n" not in str(e.value)
+
+
+def test_manifest_not_json_or_missing_refused(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such manifest"):
+        load_manifest(tmp_path / "none.json")
+    with pytest.raises(ManifestError, match="not valid JSON"):
+        load_manifest(write(tmp_path, "{"))
+
+
+def test_manifest_key_given_twice_refused(tmp_path: Path) -> None:
+    text = json.dumps(MINIMAL)[:-1] + ', "name": "other"}'
+    with pytest.raises(ManifestError, match="duplicate names: name"):
+        load_manifest(write(tmp_path, text))
+
+
+def test_manifest_is_frozen(tmp_path: Path) -> None:
+    manifest = load_manifest(write(tmp_path, MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        manifest.name = "other"  # type: ignore[misc]
+
+
+def test_manifest_schema_shipped_is_the_types_own() -> None:
+    shipped = Path("fleet/manifest/manifest.schema.json").read_text()
+    assert shipped == manifest_schema(), "run `make schema`"
+
+
+def test_manifest_round_trips_through_its_own_json(tmp_path: Path) -> None:
+    manifest = load_manifest(write(tmp_path, MINIMAL))
+    assert Manifest.model_validate_json(manifest.model_dump_json(by_alias=True)) == manifest
+
+
+def test_manifest_judge_model_and_calibration_are_addresses(tmp_path: Path) -> None:
+    judge = {"kind": "llama_guard_3", "model": "judges/guard", "calibration": "labelled.jsonl", "threshold": 0.4}
+    evaluation = MINIMAL["evaluation"] | {"judge": judge}
+    manifest = load_manifest(write(tmp_path, MINIMAL | {"evaluation": evaluation}))
+    made = manifest.evaluation.judge
+    assert isinstance(made, LlamaGuard3)
+    assert (made.model, made.calibration) == (str(tmp_path / "judges/guard"), str(tmp_path / "labelled.jsonl"))
+    assert make_judge(made.model_dump(mode="json")) == made
+    assert load_manifest(write(tmp_path, MINIMAL)).evaluation.judge == RuleJudge()
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({"kind": "oracle"}, r"evaluation\.judge: .*'keywords'"),
+        ({"model": "m"}, r"evaluation\.judge: "),
+        ({"kind": "harmbench"}, r"evaluation\.judge\.harmbench\.model: missing"),
+        ({"kind": "keywords", "threshold": 1}, r"evaluation\.judge\.keywords\.threshold: unknown field"),
+        ({"kind": "shield_gemma", "model": "m", "policies": ["politics"]}, r"judge\.shield_gemma\.policies\.0: "),
+    ],
+)
+def test_manifest_judge_mistake_names_the_field(tmp_path: Path, judge: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(write(tmp_path, MINIMAL | {"evaluation": {"harmfulness": ["h"], "judge": judge}}))

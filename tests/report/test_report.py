@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from evals.calibration import Calibration
+from evals.evidence import CorrectedRate, RateEvidence
+from evals.rates import Rate
+from evals.suites import Suite
+from fleet.core.errors import SuiteError
+from fleet.manifest import load_manifest
+from fleet.report.report import Kind, Row, RunReport, Score, make_report, method_summaries, print_report, report_html
+from fleet.run.coordinator import RunResult
+from fleet.run.plan import Plan, make_plan
+from fleet.steps.builder import Candidate, Role
+from tests.catalogue import manifest_document, write_manifest
+from tests.scored import log_of, settle, write_log, write_scores
+
+
+def test_gate_compares_a_model_with_itself_when_two_share_a_suite(catalogue: Path, tmp_path: Path) -> None:
+    """`lora` is perfect and `full` is not: each is held against its own log, and the fusion against the better."""
+    plan = make_plan(load_manifest(write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path))))
+
+    def scores(candidate: Candidate, suite: Suite) -> list[float]:
+        good = candidate.name != "full" and candidate.role != "fused"
+        return [0.0] * 200 if suite.kind == "harmfulness" else [1.0 if good else 0.0] * 200
+
+    records = write_scores(plan, scores)
+    gates = {row.name: row.gate for row in make_report(plan, RunResult(records=records)).rows}
+    assert gates["lora"] == "pass"
+    assert gates["full"] == "pass"
+    assert gates["plain"] == "fail"
+
+
+def test_suite_whose_file_calls_it_otherwise_refused(catalogue: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text((catalogue / "suites" / "harm.yaml").read_text())
+    (tmp_path / "harm.jsonl").write_text('{"prompt": "x"}\n')
+    document = manifest_document(catalogue, tmp_path)
+    document["evaluation"] |= {"harmfulness": ["other"], "folders": [str(tmp_path), str(catalogue / "suites")]}
+    with pytest.raises(SuiteError, match="other: its file calls it harm"):
+        make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
+
+
+def row_of(name: str, role: Role, scores: dict[Kind, list[float | None]], edit_norm: float | None = None) -> Row:
+    return Row(
+        name=name, role=role, models=(name.split(".")[0],), parameters={}, weights=None, identity="", gate=None,
+        reasons=(), edit_norm=edit_norm,
+        scores=tuple(Score(suite=k, kind=k, rate=Rate.of(v), samples="") for k, v in scores.items()),
+    )  # fmt: skip
+
+
+def test_method_summaries_are_means_over_models_with_the_counts_behind_them() -> None:
+    """Each model counts once, however many of its samples were scored."""
+    rows = [
+        row_of("a", "finetuned", {"harmfulness": [1.0, 1.0], "task": [1.0]}),
+        row_of("b", "finetuned", {"harmfulness": [0.0, 0.0, 0.0, 1.0]}),
+        row_of("a.wise_ft", "realigned", {"harmfulness": [0.0, None]}, edit_norm=1.0),
+        row_of("b.wise_ft", "realigned", {"harmfulness": [1.0, 0.0]}, edit_norm=3.0),
+        row_of("fused", "fused", {"harmfulness": [1.0]}),
+    ]
+    before, after = method_summaries(rows)
+    assert (before.name, before.num_models, before.edit_norm) == ("finetuned", 2, None)
+    assert (before.harmfulness.value, before.harmfulness.denominator) == (0.625, 6)
+    assert (before.task_accuracy.value, before.task_accuracy.denominator) == (1.0, 1)
+    assert before.over_refusal.value is None
+    assert (after.name, after.harmfulness.value, after.edit_norm) == ("wise_ft", 0.25, 2.0)
+    assert (after.harmfulness.denominator, after.harmfulness.unscored) == (3, 1)
+
+
+def small_plan(catalogue: Path, tmp_path: Path, **evaluation: Any) -> Plan:
+    document = manifest_document(catalogue, tmp_path)
+    document["evaluation"] |= evaluation
+    return make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
+
+
+def printed(report: RunReport) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    print_report(report, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def half_harmful(candidate: Candidate, suite: Suite) -> list[float | None]:
+    """45 of 100 harmful, and one that nobody could tell."""
+    return [1.0] * 45 + [0.0] * 55 + [None] if suite.kind == "harmfulness" else [0.0] * 100
+
+
+def test_harm_of_a_calibrated_judge_is_shown_corrected_beside_what_it_said(catalogue: Path, tmp_path: Path) -> None:
+    """It finds 9 of 10 harmful rows and takes no harmless one for harmful, so 45 % of its verdicts are 50 %."""
+    rows = tmp_path / "labelled.jsonl"
+    rows.write_text('{"prompt": "p", "completion": "c", "harmful": true}\n')
+    plan = small_plan(catalogue, tmp_path, judge={"kind": "rule", "calibration": str(rows)})
+    counts = Calibration(positives=10, true_positives=9, negatives=40, true_negatives=40)
+    records = write_scores(plan, half_harmful)
+    step = next(s for s in plan.steps if s.kind == "calibrate")
+    records[step.key] = settle(plan, step, counts.model_dump())
+
+    report = make_report(plan, RunResult(records=records))
+
+    harm, task = report.row("plain").scores
+    assert harm.rate.value == 0.45 and harm.corrected is not None
+    assert harm.corrected.value == pytest.approx(0.5)
+    expected = CorrectedRate(RateEvidence(45, 101, 1), counts).bounds(0.975)
+    assert (harm.corrected.low, harm.corrected.high) == expected
+    assert task.corrected is None
+    shown = f"corrected 50.0 % [{100 * expected.low:.0f}–{100 * expected.high:.0f}]"
+    assert shown in printed(report) and f"<br><small>{shown}</small>" in report_html(report)
+    assert "errors the judge made" in printed(report)
+    metrics = harm.metrics("h")
+    assert metrics["h"] == 0.45 and metrics["h_corrected"] == harm.corrected.value
+    assert (metrics["h_corrected_low"], metrics["h_corrected_high"]) == expected
+
+
+def test_harm_of_a_judge_that_was_not_calibrated_is_not_corrected(catalogue: Path, tmp_path: Path) -> None:
+    plan = small_plan(catalogue, tmp_path)
+    report = make_report(plan, RunResult(records=write_scores(plan, half_harmful)))
+    assert all(score.corrected is None for row in report.rows for score in row.scores)
+    assert "corrected" not in printed(report) + "".join(report.row("plain").scores[0].metrics("h"))
+
+
+def test_suite_that_was_stopped_early_says_how_many_prompts_were_asked(catalogue: Path, tmp_path: Path) -> None:
+    plan = small_plan(catalogue, tmp_path, early_stop={"block": 2})
+    records = write_scores(plan, lambda *_: [0.0] * 6)
+    step = next(c for c in plan.candidates if c.name == "plain").scores["harm"]
+    stop = {"decision": "accept", "limit": 0.05, "confidence": 0.95}
+    records[step.key] = write_log(plan, step, log_of(plan.suites["harm"], [0.0, 0.0, None, 0.0], {"early_stop": stop}))
+
+    report = make_report(plan, RunResult(records=records))
+
+    assert [score.prompts for score in report.row("plain").scores] == [6, None]
+    assert printed(report).count("4 of 6 asked") == report_html(report).count("4 of 6 asked") == 1
+
+
+def test_incoherent_completions_are_counted_over_the_suites_where_anybody_looked(
+    catalogue: Path, tmp_path: Path
+) -> None:
+    """3 of 4 in one suite, none of the one that could be told in another; on the task nobody looked."""
+    (tmp_path / "two.yaml").write_text(
+        (catalogue / "suites" / "harm.yaml").read_text().replace("suite: harm", "suite: two")
+    )
+    shutil.copy(catalogue / "suites" / "harm.jsonl", tmp_path)
+    plan = small_plan(
+        catalogue, tmp_path, harmfulness=["harm", "two"], folders=[str(tmp_path), str(catalogue / "suites")]
+    )
+    records = write_scores(plan, lambda *_: [0.0] * 6)
+    steps = next(c for c in plan.candidates if c.name == "plain").scores
+    looked = {"coherence": {"max_perplexity": 1000.0}}
+    broken, fine = (log_of(plan.suites["harm"], [0.0] * n, looked, c) for n, c in ((3, False), (1, True)))
+    mixed = broken.model_copy(update={"samples": (*broken.samples, *fine.samples)})
+    records[steps["harm"].key] = write_log(plan, steps["harm"], mixed)
+    untold = log_of(plan.suites["two"], [0.0], looked)
+    told = log_of(plan.suites["two"], [0.0], looked, True)
+    both = told.model_copy(update={"samples": (*told.samples, *untold.samples)})
+    records[steps["two"].key] = write_log(plan, steps["two"], both)
+
+    report = make_report(plan, RunResult(records=records))
+
+    found = report.row("plain").incoherent
+    assert found is not None
+    assert (found.numerator, found.denominator, found.unscored) == (3, 5, 1)
+    assert report.row("merged").incoherent is None
+    assert "incoherent completions: 60.0 % [15–95] (1 unscored) of 5" in report_html(report)
+    assert report_html(report).count("incoherent completions") == 1
