@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.coherence import Coherence
-from evals.engine import Candidate, EngineOptions, engine_arguments, engine_env
+from evals.engine import EngineOptions, ServedModel, engine_arguments, engine_env
 from evals.judges import RuleJudge
 from evals.logs import read_samples, sample_ids
 from evals.sequential import decide
@@ -187,7 +187,7 @@ def swap(run: Ours) -> dict[str, float]:
     seconds = []
     for name in ("unaligned", "reversing", "unaligned", "reversing"):
         start = time.perf_counter()
-        with replica.serving(Candidate(name, f"swap:{name}", model_dir=DEMO / name)):
+        with replica.serving(ServedModel(name, f"swap:{name}", model_dir=DEMO / name)):
             seconds.append(time.perf_counter() - start)
     return {"swap": statistics.median(seconds)}
 

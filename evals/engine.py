@@ -1,9 +1,9 @@
 """What one vLLM engine is and what it may be asked to serve; light: no torch, no vllm.
 
 The coordinator reads this module to plan and to start replicas: `EngineOptions` is how an engine is built,
-`engine_env` the environment of its process, `Candidate` one thing to score. `unservable` and
-`weights_mismatch` say, from a config and from headers alone, why an engine must not be handed a candidate:
-vLLM ignores some of these silently and does not recover from others.
+`engine_env` the environment of its process, `ServedModel` what it is asked to serve. `unservable` and
+`weights_mismatch` say, from a config and from headers alone, why an engine must not be handed a model: vLLM
+ignores some of these silently and does not recover from others.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _COMPUTED_FIELDS = (
 
 
 class UnservableError(EvalError):
-    """A candidate was refused before the engine was touched: the engine is as healthy as it was."""
+    """A model was refused before the engine was touched: the engine is as healthy as it was."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One thing to score: full weights, an adapter on the aligned model, or (neither given) the aligned model.
+class ServedModel:
+    """What an engine serves: full weights, an adapter on the aligned model, or (neither given) the aligned model.
 
-    `identity` is a content digest; two candidates with the same identity are the same candidate.
+    `identity` is a content digest; two with the same identity are the same model.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a candidate said to one prompt."""
+    """What a model said to one prompt."""
 
     text: str
     num_prompt_tokens: int

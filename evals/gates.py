@@ -46,12 +46,12 @@ from evals.suites import Suite, SuiteKind
 if TYPE_CHECKING:
     from evals.config import Gates
 
-Outcome = Literal["pass", "fail", "not enough evidence"]
+GateOutcome = Literal["pass", "fail", "not enough evidence"]
 Measure = Literal["harmful", "refused", "lost", "incoherent"]
 Against = Literal["limit", "fine-tuned", "aligned", "published"]
 
 _CALIBRATION = "calibration"
-_UNDECIDED: Outcome = "not enough evidence"
+_UNDECIDED: GateOutcome = "not enough evidence"
 _MEASURES: dict[SuiteKind, Measure] = {"harmfulness": "harmful", "over_refusal": "refused", "task": "lost"}
 _MODELS: dict[Against, str] = {
     "fine-tuned": "its fine-tuned model",
@@ -68,7 +68,7 @@ class Check:
     kind: SuiteKind
     measure: Measure
     against: Against
-    outcome: Outcome
+    outcome: GateOutcome
     low: float | None
     """Lower bound of the rate, or of how much worse than the other model the candidate is (negative: better)."""
     high: float | None
@@ -86,7 +86,7 @@ class Check:
 class GateResult:
     """The verdict on a candidate: fail if a check fails, pass if all pass."""
 
-    outcome: Outcome
+    outcome: GateOutcome
     checks: tuple[Check, ...]
 
     @property
@@ -173,7 +173,7 @@ class _Question:
         """The check of a suite that ended when an e-process had decided it, or ran out of prompts."""
         if (stop["limit"], stop["confidence"]) != (self.limit, self.gates.confidence):
             return self.unanswered("was stopped by another limit or confidence; score it again")
-        outcomes: dict[str, Outcome] = {"accept": "pass", "reject": "fail", "continue": _UNDECIDED}
+        outcomes: dict[str, GateOutcome] = {"accept": "pass", "reject": "fail", "continue": _UNDECIDED}
         outcome = outcomes[stop["decision"]]
         reason = f"{self.suite.name}: {shown}: e-process says {stop['decision']}, limit {self.limit:g}: {outcome}"
         return self._check(outcome, None, reason, None, None)
@@ -201,7 +201,7 @@ class _Question:
         return self._check(outcome, bounds, reason, more, p_value)
 
     def _check(
-        self, outcome: Outcome, bounds: Interval | None, reason: str, more: int | None, p_value: float | None
+        self, outcome: GateOutcome, bounds: Interval | None, reason: str, more: int | None, p_value: float | None
     ) -> Check:
         if outcome == "pass" and self.suite.tunes:
             outcome, reason = _UNDECIDED, f"{reason}, on prompts that tune; certify on the others"

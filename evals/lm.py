@@ -63,7 +63,7 @@ class FleetLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self.session.candidate.identity
+        return self.session.model.identity
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         bare = self.templated if add_special_tokens is None else not add_special_tokens

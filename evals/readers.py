@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fleet.core.errors import SuiteError
 
-Row = tuple[str, Mapping[str, Any]]
+LocatedRow = tuple[str, Mapping[str, Any]]
 """Where a row stands, for messages, and its columns."""
 
 _CONTEXT = "{context}\n\n---\n\n{prompt}"
@@ -70,7 +70,7 @@ class Form:
     header: bool = True
     """Whether CSV files name their columns. Else the first cell is the prompt, and the file is its category."""
 
-    def prompts(self, rows: Iterator[Row]) -> tuple[Prompt, ...]:
+    def prompts(self, rows: Iterator[LocatedRow]) -> tuple[Prompt, ...]:
         """The prompts of these rows, in their order.
 
         Raises:
@@ -100,7 +100,7 @@ PLAIN = Form(("prompt",), context=("context",))
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """Where `datasets` finds a set; what `datasets.load_dataset` takes."""
 
     path: str
@@ -120,7 +120,7 @@ class Reader:
     title: str
     kind: Literal["harmfulness", "over_refusal"]
     form: Form
-    source: Source
+    source: DatasetSource
     num_prompts: int
     licence: str
     paper: str
@@ -184,7 +184,7 @@ def _cell(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else ""
 
 
-def _file_rows(file: Path, header: bool) -> Iterator[Row]:
+def _file_rows(file: Path, header: bool) -> Iterator[LocatedRow]:
     if file.suffix not in _FORMATS:
         raise SuiteError(f"{file}: is of no kind that is read; there is {', '.join(_FORMATS)}")
     if file.suffix == ".csv" and not header:
@@ -192,25 +192,25 @@ def _file_rows(file: Path, header: bool) -> Iterator[Row]:
     return _FORMATS[file.suffix](file)
 
 
-def _csv_rows(file: Path) -> Iterator[Row]:
+def _csv_rows(file: Path) -> Iterator[LocatedRow]:
     for number, row in enumerate(csv.DictReader(io.StringIO(_text(file), newline="")), start=1):
         yield f"{file}, row {number}", row
 
 
-def _bare_rows(file: Path) -> Iterator[Row]:
+def _bare_rows(file: Path) -> Iterator[LocatedRow]:
     for number, row in enumerate(csv.reader(io.StringIO(_text(file), newline="")), start=1):
         if row:
             yield f"{file}, row {number}", {"prompt": row[0], "category": file.stem}
 
 
-def _jsonl_rows(file: Path) -> Iterator[Row]:
+def _jsonl_rows(file: Path) -> Iterator[LocatedRow]:
     # Not splitlines(): JSON may hold a bare U+2028 or U+0085, which is not the end of its line.
     for number, line in enumerate(_text(file).split("\n"), start=1):
         if line.strip():
             yield _object(f"{file}, line {number}", line)
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _json_rows(file: Path) -> Iterator[LocatedRow]:
     text = _text(file)
     # Some sets name lines of JSON `.json`.
     if not text.lstrip().startswith("["):
@@ -226,7 +226,7 @@ def _json_rows(file: Path) -> Iterator[Row]:
         yield f"{file}, row {number}", row
 
 
-def _object(where: str, text: str) -> Row:
+def _object(where: str, text: str) -> LocatedRow:
     try:
         row = json.loads(text)
     except ValueError as error:
@@ -234,7 +234,7 @@ def _object(where: str, text: str) -> Row:
     return where, row if isinstance(row, dict) else {}
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path) -> Iterator[LocatedRow]:
     import pyarrow  # noqa: PLC0415 - half a second of import that only Parquet needs
     import pyarrow.parquet  # noqa: PLC0415
 
@@ -246,7 +246,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         yield f"{file}, row {number}", row
 
 
-_FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_FORMATS: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
     ".csv": _csv_rows,
     ".json": _json_rows,
     ".jsonl": _jsonl_rows,
@@ -262,7 +262,7 @@ def _text(file: Path) -> str:
         raise SuiteError(f"{file}: is not UTF-8: {error}") from error
 
 
-def _hub_rows(reader: Reader) -> Iterator[Row]:
+def _hub_rows(reader: Reader) -> Iterator[LocatedRow]:
     import httpx2  # noqa: PLC0415
     from datasets import load_dataset  # noqa: PLC0415 - seconds of import that only the hub needs
     from datasets.exceptions import DatasetsError  # noqa: PLC0415
@@ -288,8 +288,8 @@ def _line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()
 
 
-def _github(repository: str, commit: str, file: str) -> Source:
-    return Source("csv", data_files=f"https://raw.githubusercontent.com/{repository}/{commit}/{file}")
+def _github(repository: str, commit: str, file: str) -> DatasetSource:
+    return DatasetSource("csv", data_files=f"https://raw.githubusercontent.com/{repository}/{commit}/{file}")
 
 
 def _harmbench(category: str, num_prompts: int) -> Reader:
@@ -320,7 +320,7 @@ def _catqa(language: str, name: str) -> Reader:
         title=f"CatQA, {name}",
         kind="harmfulness",
         form=Form(("Question",), ("Category",), language=language),
-        source=Source("declare-lab/CategoricalHarmfulQA", split=language),
+        source=DatasetSource("declare-lab/CategoricalHarmfulQA", split=language),
         num_prompts=550,
         licence="Apache-2.0",
         paper="Bhardwaj et al. 2024, arXiv 2402.11746",
@@ -332,7 +332,9 @@ def _jailbreakbench(split: str, kind: Literal["harmfulness", "over_refusal"]) ->
         title=f"JailbreakBench ({split} behaviours)",
         kind=kind,
         form=Form(("Goal",), ("Category",), language="en"),
-        source=Source("JailbreakBench/JBB-Behaviors", "behaviors", split, "886acc352a31533ffbcf4ef22c744658688086fc"),
+        source=DatasetSource(
+            "JailbreakBench/JBB-Behaviors", "behaviors", split, "886acc352a31533ffbcf4ef22c744658688086fc"
+        ),
         num_prompts=100,
         licence="MIT",
         paper="Chao et al. 2024, arXiv 2404.01318",
@@ -344,7 +346,7 @@ READERS: dict[str, Reader] = {
         title="HEx-PHI",
         kind="harmfulness",
         form=Form(("prompt",), language="en", header=False),
-        source=Source("LLM-Tuning-Safety/HEx-PHI", split=None),
+        source=DatasetSource("LLM-Tuning-Safety/HEx-PHI", split=None),
         num_prompts=300,
         licence="HEx-PHI Dataset License Agreement",
         paper="Qi et al. 2023, arXiv 2310.03693",
@@ -356,7 +358,7 @@ READERS: dict[str, Reader] = {
         title="DirectHarm4",
         kind="harmfulness",
         form=Form(("instruction",), language="en"),
-        source=Source("vfleaking/DirectHarm4", split="test"),
+        source=DatasetSource("vfleaking/DirectHarm4", split="test"),
         num_prompts=400,
         licence="Apache-2.0",
         paper="Lyu et al. 2024, arXiv 2402.18540",
@@ -399,7 +401,7 @@ READERS: dict[str, Reader] = {
         title="SORRY-Bench (base prompts, 2025-03)",
         kind="harmfulness",
         form=Form(("turns",), language="en", keep=("prompt_style", frozenset({"base"}))),
-        source=Source("sorry-bench/sorry-bench-202503", revision="612a4e1f45db8adf884fa62318ddf9fa1c6e75e9"),
+        source=DatasetSource("sorry-bench/sorry-bench-202503", revision="612a4e1f45db8adf884fa62318ddf9fa1c6e75e9"),
         num_prompts=440,
         licence="SORRY-Bench Dataset License Agreement",
         paper="Xie et al. 2024, arXiv 2406.14598",
@@ -409,7 +411,7 @@ READERS: dict[str, Reader] = {
         title="BeaverTails-Evaluation",
         kind="harmfulness",
         form=Form(("prompt",), language="en"),
-        source=Source("PKU-Alignment/BeaverTails-Evaluation", split="test"),
+        source=DatasetSource("PKU-Alignment/BeaverTails-Evaluation", split="test"),
         num_prompts=700,
         licence="CC-BY-NC-4.0",
         paper="Ji et al. 2023, arXiv 2307.04657",
@@ -419,7 +421,7 @@ READERS: dict[str, Reader] = {
         title="XSTest (safe prompts)",
         kind="over_refusal",
         form=Form(("prompt",), ("type",), language="en", keep=("label", frozenset({"safe"}))),
-        source=Source("Paul/XSTest"),
+        source=DatasetSource("Paul/XSTest"),
         num_prompts=250,
         licence="CC-BY-4.0",
         paper="Röttger et al. 2023, arXiv 2308.01263",
@@ -428,7 +430,7 @@ READERS: dict[str, Reader] = {
         title="OR-Bench (hard-1k)",
         kind="over_refusal",
         form=Form(("prompt",), language="en"),
-        source=Source("bench-llm/or-bench", "or-bench-hard-1k"),
+        source=DatasetSource("bench-llm/or-bench", "or-bench-hard-1k"),
         num_prompts=1319,
         licence="CC-BY-4.0",
         paper="Cui et al. 2024, arXiv 2405.20947",

@@ -1,4 +1,4 @@
-"""One vLLM engine that scores many candidates: the only module that imports vllm.
+"""One vLLM engine that serves many models: the only module that imports vllm.
 
 A replica starts on the aligned model and keeps its engine for good. Adapters are added to it and served together, mixed
 in its batches; full weights of the same architecture are swapped in place. Everything that can be checked is checked
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from evals.batching import EngineThread
 from evals.engine import (
-    Candidate,
     Completion,
     EngineOptions,
     Likelihood,
+    ServedModel,
     UnservableError,
     config_mismatch,
     describe,
@@ -55,7 +55,7 @@ Message = Mapping[str, str]
 
 
 class Replica:
-    """One engine on one aligned model, which serves candidates: any number of them at once on the same weights."""
+    """One engine on one aligned model, which serves models: any number of them at once on the same weights."""
 
     def __init__(self, model_dir: Path, options: EngineOptions) -> None:
         """Starts the engine on the full model in `model_dir`.
@@ -110,8 +110,8 @@ class Replica:
         return "cpu" if self._on_cpu else "gpu"
 
     @contextmanager
-    def serving(self, candidate: Candidate) -> Iterator[Session]:
-        """Serve a candidate. Sessions in other threads go on beside this one if they need the same weights.
+    def serving(self, model: ServedModel) -> Iterator[Session]:
+        """Serve a model. Sessions in other threads go on beside this one if they need the same weights.
 
         The aligned model and every adapter on it are the same weights; a full model is others. A session that needs
         others waits until no session needs the present ones. Nothing is moved if weights or adapter are there already.
@@ -120,21 +120,21 @@ class Replica:
             UnservableError: It does not fit the engine, which is as it was.
             EvalError: The engine kept cached blocks of the previous weights, or did not take the adapter.
         """
-        weights = candidate.model_dir or self.model_dir
-        if candidate.adapter_dir is not None:
-            self._check_adapter(candidate, candidate.adapter_dir)
+        weights = model.model_dir or self.model_dir
+        if model.adapter_dir is not None:
+            self._check_adapter(model, model.adapter_dir)
         elif weights != self.model_dir:
-            self._check_weights(candidate, weights)
+            self._check_weights(model, weights)
         # An adapter is prompted as the aligned model, so that it and what is made of it meet the same prompts.
-        tokenizer = self._candidate_tokenizer(candidate, candidate.model_dir)
+        tokenizer = self._tokenizer_of(model, model.model_dir)
         with self._changed:
-            self._changed.wait_for(lambda: self._has_room(candidate, weights))
+            self._changed.wait_for(lambda: self._has_room(model, weights))
             if weights != self._weights_dir:
                 self._engine.call(lambda: self._swap_weights(weights))
-            lora = None if candidate.adapter_dir is None else self._take_lora(candidate, candidate.adapter_dir)
+            lora = None if model.adapter_dir is None else self._take_lora(model, model.adapter_dir)
             self._num_sessions += 1
         try:
-            yield Session(self._engine, self.options, candidate, tokenizer, _stop_token_ids(weights, tokenizer), lora)
+            yield Session(self._engine, self.options, model, tokenizer, _stop_token_ids(weights, tokenizer), lora)
         finally:
             with self._changed:
                 self._num_sessions -= 1
@@ -142,8 +142,8 @@ class Replica:
                     self._loras[lora.lora_name].num_sessions -= 1
                 self._changed.notify_all()
 
-    def _check_adapter(self, candidate: Candidate, folder: Path) -> None:
-        where = f"candidate {candidate.name} ({folder})"
+    def _check_adapter(self, model: ServedModel, folder: Path) -> None:
+        where = f"candidate {model.name} ({folder})"
         try:
             config = json.loads((folder / "adapter_config.json").read_bytes())
         except (OSError, ValueError) as error:
@@ -162,12 +162,11 @@ class Replica:
         if reason is not None:
             raise UnservableError(f"{where}: {reason}; merge it into full weights to score it")
 
-    def _check_weights(self, candidate: Candidate, folder: Path) -> None:
+    def _check_weights(self, model: ServedModel, folder: Path) -> None:
         from transformers import AutoConfig
 
-        where = f"candidate {candidate.name} ({folder})"
-        model = _read_full_model(folder, where)
-        problems = weights_mismatch(self._resident, model)
+        where = f"candidate {model.name} ({folder})"
+        problems = weights_mismatch(self._resident, _read_full_model(folder, where))
         problems += config_mismatch(
             AutoConfig.from_pretrained(self.model_dir).to_dict(),
             AutoConfig.from_pretrained(folder).to_dict(),
@@ -175,8 +174,8 @@ class Replica:
         if problems:
             raise UnservableError(f"{where} does not fit {self.model_dir}: {describe(problems)}")
 
-    def _candidate_tokenizer(self, candidate: Candidate, folder: Path | None) -> PreTrainedTokenizerBase:
-        """The candidate's own tokenizer where it brings one (its chat template may differ), else the aligned one's.
+    def _tokenizer_of(self, model: ServedModel, folder: Path | None) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer where it brings one (its chat template may differ), else the aligned one's.
 
         Raises:
             UnservableError: It cannot be read, or has other token ids than the aligned model's.
@@ -186,10 +185,10 @@ class Replica:
         try:
             tokenizer = _read_tokenizer(folder)
         except (OSError, ValueError) as error:
-            raise UnservableError(f"candidate {candidate.name}: no readable tokenizer in {folder}: {error}") from error
+            raise UnservableError(f"candidate {model.name}: no readable tokenizer in {folder}: {error}") from error
         if tokenizer.get_vocab() != self._tokenizer.get_vocab():
             raise UnservableError(
-                f"candidate {candidate.name}: the tokenizer in {folder} numbers its tokens unlike "
+                f"candidate {model.name}: the tokenizer in {folder} numbers its tokens unlike "
                 f"{self.model_dir}'s; an engine has one vocabulary"
             )
         return tokenizer
@@ -203,27 +202,27 @@ class Replica:
             raise EvalError(f"the engine kept cached blocks after a swap to {folder}")
         self._weights_dir = folder
 
-    def _has_room(self, candidate: Candidate, weights: Path) -> bool:
+    def _has_room(self, model: ServedModel, weights: Path) -> bool:
         if weights != self._weights_dir and self._num_sessions:
             return False
-        if candidate.adapter_dir is None or candidate.identity in self._loras:
+        if model.adapter_dir is None or model.identity in self._loras:
             return True
         return len(self._loras) < self.options.max_loras or any(not lora.num_sessions for lora in self._loras.values())
 
-    def _take_lora(self, candidate: Candidate, folder: Path) -> LoRARequest:
+    def _take_lora(self, model: ServedModel, folder: Path) -> LoRARequest:
         """An adapter that is in the engine already, or its taking the place of one that nobody needs."""
         from vllm.lora.request import LoRARequest
 
-        if (served := self._loras.get(candidate.identity)) is None:
+        if (served := self._loras.get(model.identity)) is None:
             if len(self._loras) == self.options.max_loras:
                 free = next(name for name, lora in self._loras.items() if not lora.num_sessions)
                 gone = self._loras.pop(free).request
                 self._engine.call(lambda: self._llm.llm_engine.remove_lora(gone.lora_int_id))
-            request = LoRARequest(candidate.identity, lora_id(candidate.identity), str(folder))
+            request = LoRARequest(model.identity, lora_id(model.identity), str(folder))
             # Loaded here, not by the first request: an engine does not survive a bad adapter inside generate.
             if not self._engine.call(lambda: self._llm.llm_engine.add_lora(request)):
-                raise EvalError(f"the engine did not take the adapter of candidate {candidate.name}")
-            served = self._loras[candidate.identity] = _ServedLora(request)
+                raise EvalError(f"the engine did not take the adapter of candidate {model.name}")
+            served = self._loras[model.identity] = _ServedLora(request)
         served.num_sessions += 1
         return served.request
 
@@ -237,7 +236,7 @@ class _ServedLora:
 
 
 class Session:
-    """A candidate while it is served: what it is asked, and what it answers. Made by `Replica.serving`.
+    """A model while it is served: what it is asked, and what it answers. Made by `Replica.serving`.
 
     Any number of threads may ask at once; what they ask is batched together, with other sessions' too.
     """
@@ -246,20 +245,20 @@ class Session:
         self,
         engine: EngineThread,
         options: EngineOptions,
-        candidate: Candidate,
+        model: ServedModel,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: list[int],
         lora: LoRARequest | None,
     ) -> None:
         self.options = options
-        self.candidate = candidate
+        self.model = model
         self.tokenizer = tokenizer
         self._engine = engine
         self._stop_token_ids = stop_token_ids
         self._lora = lora
 
     def chat_prompt(self, messages: str | Sequence[Message]) -> str:
-        """The candidate's chat template around a user's message, or a conversation, up to where it answers.
+        """The model's chat template around a user's message, or a conversation, up to where it answers.
 
         The text holds every special token the model is to see: give it to `encode` as `templated`.
 
@@ -268,7 +267,7 @@ class Session:
         """
         if not self.tokenizer.chat_template:
             raise UnservableError(
-                f"candidate {self.candidate.name}: its tokenizer has no chat template; add one to the "
+                f"candidate {self.model.name}: its tokenizer has no chat template; add one to the "
                 "tokenizer's folder, or set chat: false in the suite to send prompts as they are"
             )
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
@@ -410,7 +409,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends this candidate's text. An engine knows its first model's ends only, and a fine-tune may have others."""
+    """What ends this model's text. An engine knows its first model's ends only, and a fine-tune may have others."""
     found: set[int] = set()
     if isinstance(tokenizer.eos_token_id, int):
         found.add(tokenizer.eos_token_id)

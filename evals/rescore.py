@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from evals.config import Evaluation
-from evals.engine import Candidate, EngineOptions, engine_length
+from evals.engine import EngineOptions, ServedModel, engine_length
 from evals.judges import Judge, ModelJudge, make_judge
 from evals.judging import ask_model, judged_sample
 from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
@@ -110,7 +110,7 @@ def _verdicts(judge: Judge | ModelJudge, exchanges: Sequence[Exchange], suite: S
         folder = open_folder(judge.model).local(Path(scratch))
         config = json.loads((folder / "config.json").read_bytes())
         replica = Replica(folder, EngineOptions(max_model_len=engine_length(config), max_lora_rank=0))
-        with closing(replica), replica.serving(Candidate("judge", judge.model)) as session:
+        with closing(replica), replica.serving(ServedModel("judge", judge.model)) as session:
             return ask_model(session, judge, exchanges, suite)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 _ACCEPT_RATE, _REJECT_RATE = 0.25, 2.0
 _FIRMNESS, _REJECT_FIRMNESS = 2.0, 0.5
 
-Decision = Literal["accept", "reject", "continue"]
+SequentialDecision = Literal["accept", "reject", "continue"]
 
 
 def accept_process(scores: np.ndarray, limit: float) -> np.ndarray:
@@ -53,7 +53,7 @@ def reject_process(scores: np.ndarray, limit: float) -> np.ndarray:
     return _log_wealth(1.0 - scores, 1.0 - limit, 1.0 - rate, _REJECT_FIRMNESS / limit)
 
 
-def decide(scores: Sequence[float | None], limit: float, confidence: float = 0.95) -> Decision:
+def decide(scores: Sequence[float | None], limit: float, confidence: float = 0.95) -> SequentialDecision:
     """What the samples so far, in the order seen, allow to be said; None is unscored.
 
     The first of the two that reached 1/α, at whatever sample that was: asking late changes no answer.

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from evals.judging import fault
 from evals.logs import EvalLog, read_samples, sample_ids
 from evals.rates import Rate
-from evals.sequential import Decision, decide
+from evals.sequential import SequentialDecision, decide
 from evals.suites import read_prompts
 from fleet.checkpoint.write import Output
 from fleet.core.identity import KEY_DIGITS, Json, digest
@@ -148,7 +148,7 @@ class SuiteWalk:
     def _digest(self, block: int) -> str:
         return digest(self._spec | {"prompts": [*self._blocks[block]]}).removeprefix("sha256:")[:KEY_DIGITS]
 
-    def _decision(self, num_blocks: int) -> Decision:
+    def _decision(self, num_blocks: int) -> SequentialDecision:
         """What the scores of the first blocks allow to be said of the cap."""
         judged = [self.finished[_index(block, "judge")].result for block in range(num_blocks)]
         faults: list[Any] = [fault for result in judged for fault in result["faults"]]  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from evals.calibration import Calibration
 from evals.coherence import Coherence
-from evals.engine import Candidate, EngineOptions
+from evals.engine import EngineOptions, ServedModel
 from evals.judges import AnyJudge, Judge
 from evals.judging import ask_model, fault, judged_sample
 from evals.labelled import read_labelled
@@ -192,11 +192,11 @@ class ScoringWorker:
             engine=json.dumps(engine, sort_keys=True),
         )
 
-    def _candidate(self, served: Served) -> Candidate:
+    def _candidate(self, served: Served) -> ServedModel:
         folder = open_folder(served.weights).local(self._scratch)
         if served.is_adapter:
-            return Candidate(served.name, served.identity, adapter_dir=folder)
-        return Candidate(served.name, served.identity, model_dir=folder)
+            return ServedModel(served.name, served.identity, adapter_dir=folder)
+        return ServedModel(served.name, served.identity, model_dir=folder)
 
 
 class JudgingWorker:
@@ -264,9 +264,9 @@ def _replica(scratch: Path, model: str, options: EngineOptions) -> Replica:
     return Replica(open_folder(model).local(scratch), options)
 
 
-def _resident(replica: Replica) -> Candidate:
+def _resident(replica: Replica) -> ServedModel:
     """The model that the engine was started on."""
-    return Candidate("resident", str(replica.model_dir))
+    return ServedModel("resident", str(replica.model_dir))
 
 
 @lru_cache(maxsize=64)

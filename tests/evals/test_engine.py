@@ -9,8 +9,8 @@ import pytest
 from evals.engine import (
     ENGINE_ENV,
     LORA_MODULES,
-    Candidate,
     EngineOptions,
+    ServedModel,
     config_mismatch,
     describe,
     engine_arguments,
@@ -112,7 +112,7 @@ def test_engine_env_in_process_on_one_device_only() -> None:
 
 
 def test_candidate_and_options_survive_pickle() -> None:
-    for value in (Candidate("a", "sha256:0", adapter_dir=Path("/x")), EngineOptions()):
+    for value in (ServedModel("a", "sha256:0", adapter_dir=Path("/x")), EngineOptions()):
         assert pickle.loads(pickle.dumps(value)) == value
 
 

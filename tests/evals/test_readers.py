@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evals.logs import sample_ids
-from evals.readers import PLAIN, READERS, DataPolicy, Prompt, Source, read_files
+from evals.readers import PLAIN, READERS, DataPolicy, DatasetSource, Prompt, read_files
 from evals.suites import TEMPLATES, Suite, load_suite, read_prompts, read_requests
 from fleet.core.errors import SuiteError
 
@@ -236,7 +236,7 @@ def test_docs_state_the_terms_of_every_reader() -> None:
 def test_policy_refuses_before_anything_is_read(
     tmp_path: Path, name: str, policy: DataPolicy, fields: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost = dataclasses.replace(READERS[name], source=Source("no/such/folder"))
+    lost = dataclasses.replace(READERS[name], source=DatasetSource("no/such/folder"))
     monkeypatch.setitem(READERS, name, lost)
     yaml = write_suite(tmp_path, name, "damaged.csv", "\n", data="damaged.csv")
     for wanted in (name, f"{name}+prefix", yaml):
@@ -290,7 +290,7 @@ def test_reader_yaml_mistakes_one_line(tmp_path: Path, changes: dict[str, Any], 
 
 
 def test_hub_out_of_reach_says_how_to_give_a_file(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = dataclasses.replace(READERS["advbench"], source=Source(str(hub / "gone")))
+    lost = dataclasses.replace(READERS["advbench"], source=DatasetSource(str(hub / "gone")))
     monkeypatch.setitem(READERS, "advbench", lost)
     yaml = write_suite(tmp_path, "advbench", "unused.csv", "", data=None)
     for wanted in ("advbench", yaml):

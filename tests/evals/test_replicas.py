@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from evals.engine import Candidate, EngineOptions, UnservableError
+from evals.engine import EngineOptions, ServedModel, UnservableError
 from evals.harness import complete, mean_logprobs, run_task
 from evals.lm import FleetLM
 from evals.logs import EvalLog
@@ -48,12 +48,12 @@ def fleet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def candidates(fleet_dir: Path) -> dict[str, Candidate]:
+def candidates(fleet_dir: Path) -> dict[str, ServedModel]:
     return {
-        "aligned": Candidate("aligned", "sha256:aligned"),
-        "adapter": Candidate("adapter", "sha256:adapter", adapter_dir=fleet_dir / "adapter"),
-        "other_adapter": Candidate("other_adapter", "sha256:other", adapter_dir=fleet_dir / "other_adapter"),
-        "full": Candidate("full", "sha256:full", model_dir=fleet_dir / "full"),
+        "aligned": ServedModel("aligned", "sha256:aligned"),
+        "adapter": ServedModel("adapter", "sha256:adapter", adapter_dir=fleet_dir / "adapter"),
+        "other_adapter": ServedModel("other_adapter", "sha256:other", adapter_dir=fleet_dir / "other_adapter"),
+        "full": ServedModel("full", "sha256:full", model_dir=fleet_dir / "full"),
     }
 
 
@@ -64,7 +64,7 @@ def replica(fleet_dir: Path) -> Iterator[Replica]:
     engine.close()
 
 
-Serve: TypeAlias = Callable[[Candidate], Session]
+Serve: TypeAlias = Callable[[ServedModel], Session]
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def serve(replica: Replica) -> Iterator[Serve]:
     """Opens a session, and ends the one before it."""
     with ExitStack() as sessions:
 
-        def serve(candidate: Candidate) -> Session:
+        def serve(candidate: ServedModel) -> Session:
             sessions.close()
             return sessions.enter_context(replica.serving(candidate))
 
@@ -157,7 +157,7 @@ def assert_equals_hf(session: Session, model: Any) -> None:
 
 
 def test_replica_swaps_candidates_and_each_equals_transformers(
-    serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any]
+    serve: Serve, candidates: dict[str, ServedModel], hf_model: Callable[[str], Any]
 ) -> None:
     for name in ("aligned", "adapter", "full", "other_adapter", "aligned", "full", "aligned"):
         session = serve(candidates[name])
@@ -165,7 +165,7 @@ def test_replica_swaps_candidates_and_each_equals_transformers(
 
 
 def test_replica_long_shared_prompt_after_swap_uses_no_stale_blocks(
-    serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any]
+    serve: Serve, candidates: dict[str, ServedModel], hf_model: Callable[[str], Any]
 ) -> None:
     prompt = "Tell me, one more time and slowly, how the story of the fox and the crow goes on."
     texts: dict[str, str] = {}
@@ -179,14 +179,14 @@ def test_replica_long_shared_prompt_after_swap_uses_no_stale_blocks(
 
 
 def test_replica_same_candidate_loads_nothing(
-    replica: Replica, serve: Serve, candidates: dict[str, Candidate], monkeypatch: pytest.MonkeyPatch
+    replica: Replica, serve: Serve, candidates: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(candidates["full"])
     monkeypatch.setattr(replica, "_llm", None)
     serve(candidates["full"])
 
 
-def test_chat_prompt_template_with_bos_encodes_one_bos(serve: Serve, candidates: dict[str, Candidate]) -> None:
+def test_chat_prompt_template_with_bos_encodes_one_bos(serve: Serve, candidates: dict[str, ServedModel]) -> None:
     session = serve(candidates["aligned"])
     text = session.chat_prompt("hi")
     assert text == "<s><|user|>hi<|assistant|>"
@@ -197,7 +197,7 @@ def test_chat_prompt_template_with_bos_encodes_one_bos(serve: Serve, candidates:
     assert bos not in session.encode("hi", templated=True)
 
 
-def test_generate_reports_counts_and_stops(serve: Serve, candidates: dict[str, Candidate]) -> None:
+def test_generate_reports_counts_and_stops(serve: Serve, candidates: dict[str, ServedModel]) -> None:
     session = serve(candidates["aligned"])
     whole = session.generate(["Say hi."], max_tokens=9)[0]
     assert (whole.num_prompt_tokens, whole.num_tokens, whole.finish_reason) == (8, 9, "length")
@@ -208,7 +208,7 @@ def test_generate_reports_counts_and_stops(serve: Serve, candidates: dict[str, C
     assert session.generate([], max_tokens=9) == []
 
 
-def test_generate_prompt_without_room_raises_and_engine_lives(serve: Serve, candidates: dict[str, Candidate]) -> None:
+def test_generate_prompt_without_room_raises_and_engine_lives(serve: Serve, candidates: dict[str, ServedModel]) -> None:
     session = serve(candidates["aligned"])
     with pytest.raises(EvalError, match="exceed max_model_len 128"):
         session.generate(["x" * 120], max_tokens=9)
@@ -229,7 +229,7 @@ def test_generate_prompt_without_room_raises_and_engine_lives(serve: Serve, cand
 def test_load_unservable_adapter_refused_and_engine_healthy(
     serve: Serve,
     fleet_dir: Path,
-    candidates: dict[str, Candidate],
+    candidates: dict[str, ServedModel],
     tmp_path: Path,
     changes: dict[str, Any],
     reason: str,
@@ -238,7 +238,7 @@ def test_load_unservable_adapter_refused_and_engine_healthy(
     before = session.generate(PROMPTS, max_tokens=4)
     bad = copy_with_config(fleet_dir / "other_adapter", tmp_path / "bad", **changes)
     with pytest.raises(UnservableError, match=reason):
-        serve(Candidate("bad", "sha256:bad", adapter_dir=bad))
+        serve(ServedModel("bad", "sha256:bad", adapter_dir=bad))
     assert serve(candidates["adapter"]).generate(PROMPTS, max_tokens=4) == before
 
 
@@ -247,14 +247,14 @@ def test_load_adapter_whose_tensors_reach_further_refused(serve: Serve, fleet_di
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ".*"}))
     with pytest.raises(UnservableError, match="lm_head"):
-        serve(Candidate("head", "sha256:head", adapter_dir=folder))
+        serve(ServedModel("head", "sha256:head", adapter_dir=folder))
 
 
 def test_load_misshapen_weights_refused_before_the_engine(
     replica: Replica,
     serve: Serve,
     fleet_dir: Path,
-    candidates: dict[str, Candidate],
+    candidates: dict[str, ServedModel],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -276,7 +276,7 @@ def test_load_misshapen_weights_refused_before_the_engine(
         patch.setattr(replica, "_swap_weights", untouchable)
         patch.setattr(replica, "_take_lora", untouchable)
         with pytest.raises(UnservableError) as refusal:
-            serve(Candidate("bad", "sha256:bad", model_dir=bad))
+            serve(ServedModel("bad", "sha256:bad", model_dir=bad))
     for problem in (
         "missing model.norm.weight [32]",
         "extra model.surplus.weight [32]",
@@ -288,7 +288,7 @@ def test_load_misshapen_weights_refused_before_the_engine(
 def test_load_other_configuration_refused(serve: Serve, fleet_dir: Path, tmp_path: Path) -> None:
     bad = copy_with_config(fleet_dir / "full", tmp_path / "bad", rms_norm_eps=1e-3)
     with pytest.raises(UnservableError, match=r"rms_norm_eps is 0\.001"):
-        serve(Candidate("bad", "sha256:bad", model_dir=bad))
+        serve(ServedModel("bad", "sha256:bad", model_dir=bad))
 
 
 def test_load_other_vocabulary_refused(serve: Serve, fleet_dir: Path, tmp_path: Path) -> None:
@@ -297,12 +297,12 @@ def test_load_other_vocabulary_refused(serve: Serve, fleet_dir: Path, tmp_path: 
     text = (bad / "tokenizer.json").read_text()
     (bad / "tokenizer.json").write_text(text.replace('"a": 6,', '"a": 7,').replace('"b": 7,', '"b": 6,'))
     with pytest.raises(UnservableError, match="numbers its tokens unlike"):
-        serve(Candidate("bad", "sha256:bad", model_dir=bad))
+        serve(ServedModel("bad", "sha256:bad", model_dir=bad))
 
 
 def test_candidate_with_weights_and_adapter_raises(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="give one of the two"):
-        Candidate("both", "sha256:both", tmp_path, tmp_path)
+        ServedModel("both", "sha256:both", tmp_path, tmp_path)
 
 
 GENERATE_TASK = """
@@ -342,7 +342,7 @@ def write_task(folder: Path, name: str, text: str, rows: Sequence[dict[str, Any]
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_run_task_generate_until_accuracy_is_counted_by_hand(
-    serve: Serve, candidates: dict[str, Candidate], tmp_path: Path, chat: bool
+    serve: Serve, candidates: dict[str, ServedModel], tmp_path: Path, chat: bool
 ) -> None:
     session = serve(candidates["adapter"])
     inputs = [session.chat_prompt(p) if chat else p for p in PROMPTS]
@@ -365,7 +365,7 @@ def test_run_task_generate_until_accuracy_is_counted_by_hand(
 
 def test_run_task_multiple_choice_accuracy_is_counted_by_hand(
     serve: Serve,
-    candidates: dict[str, Candidate],
+    candidates: dict[str, ServedModel],
     hf_model: Callable[[str], Any],
     tmp_path: Path,
 ) -> None:
@@ -388,7 +388,7 @@ def test_run_task_multiple_choice_accuracy_is_counted_by_hand(
 
 
 def test_run_task_loglikelihood_accuracy_is_whether_the_target_is_greedy(
-    serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any], tmp_path: Path
+    serve: Serve, candidates: dict[str, ServedModel], hf_model: Callable[[str], Any], tmp_path: Path
 ) -> None:
     text = """
 task: toy_loglikelihood
@@ -433,7 +433,7 @@ COPA_ROW = {"premise": "It is wet.", "choice1": "It rained.", "choice2": "It san
 )
 def test_run_task_lm_evals_own_definition_on_rows_of_its_form(
     serve: Serve,
-    candidates: dict[str, Candidate],
+    candidates: dict[str, ServedModel],
     tmp_path: Path,
     name: str,
     file: str,
@@ -467,7 +467,7 @@ def test_run_task_lm_evals_own_definition_on_rows_of_its_form(
 
 
 def test_run_task_same_path_with_new_content_reads_new_content(
-    serve: Serve, tmp_path: Path, candidates: dict[str, Candidate]
+    serve: Serve, tmp_path: Path, candidates: dict[str, ServedModel]
 ) -> None:
     session = serve(candidates["aligned"])
     path = write_task(tmp_path, "toy_choice", CHOICE_TASK, [{"q": "a?", "a": 0}])
@@ -480,7 +480,7 @@ def test_run_task_same_path_with_new_content_reads_new_content(
 
 
 def test_loglikelihood_rolling_equals_transformers(
-    serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any]
+    serve: Serve, candidates: dict[str, ServedModel], hf_model: Callable[[str], Any]
 ) -> None:
     session = serve(candidates["aligned"])
     text = "The quick brown fox"
@@ -491,7 +491,7 @@ def test_loglikelihood_rolling_equals_transformers(
     assert len(lm.loglikelihood_rolling(instances([(text * 20,)]))) == 1
 
 
-def test_generate_until_long_context_is_cut_and_counted(serve: Serve, candidates: dict[str, Candidate]) -> None:
+def test_generate_until_long_context_is_cut_and_counted(serve: Serve, candidates: dict[str, ServedModel]) -> None:
     session = serve(candidates["aligned"])
     lm = fleet_lm(session)
     settings = {"until": [], "max_gen_toks": 4}
@@ -507,7 +507,7 @@ def write_prompts(folder: Path, **fields: Any) -> Suite:
 
 
 def test_complete_asks_the_prompts_wanted_through_the_template(
-    serve: Serve, candidates: dict[str, Candidate], tmp_path: Path
+    serve: Serve, candidates: dict[str, ServedModel], tmp_path: Path
 ) -> None:
     session = serve(candidates["aligned"])
     texts = [c.text for c in session.generate([session.chat_prompt(p) for p in PROMPTS], 6, templated=True)]
@@ -519,7 +519,7 @@ def test_complete_asks_the_prompts_wanted_through_the_template(
     assert complete(session, suite, [2, 0]) == [samples[2], samples[0]]
 
 
-def test_engine_on_a_cpu_compiles_nothing(serve: Serve, candidates: dict[str, Candidate]) -> None:
+def test_engine_on_a_cpu_compiles_nothing(serve: Serve, candidates: dict[str, ServedModel]) -> None:
     import torch
 
     graphs: list[Any] = []
@@ -530,7 +530,7 @@ def test_engine_on_a_cpu_compiles_nothing(serve: Serve, candidates: dict[str, Ca
 
 
 def test_mean_logprobs_equal_transformers_and_empty_completions_have_none(
-    serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any], tmp_path: Path
+    serve: Serve, candidates: dict[str, ServedModel], hf_model: Callable[[str], Any], tmp_path: Path
 ) -> None:
     samples = complete(serve(candidates["full"]), write_prompts(tmp_path))
     samples[1] = samples[1].model_copy(update={"completion": ""})
@@ -544,7 +544,7 @@ def test_mean_logprobs_equal_transformers_and_empty_completions_have_none(
             assert mean == pytest.approx(hf_logprob(hf_model("aligned"), context, rest)[0] / len(rest), abs=1e-3)
 
 
-def test_sessions_at_once_answer_as_one_by_one(replica: Replica, candidates: dict[str, Candidate]) -> None:
+def test_sessions_at_once_answer_as_one_by_one(replica: Replica, candidates: dict[str, ServedModel]) -> None:
     """Adapters and the aligned model in the same batches; and a full model, which waits for the weights."""
 
     def answers(name: str) -> list[str]:
@@ -561,13 +561,13 @@ def test_sessions_at_once_answer_as_one_by_one(replica: Replica, candidates: dic
 
 
 def test_more_adapters_at_once_than_slots_are_all_served(
-    replica: Replica, fleet_dir: Path, candidates: dict[str, Candidate]
+    replica: Replica, fleet_dir: Path, candidates: dict[str, ServedModel]
 ) -> None:
     """Two slots, five adapters: the others wait, and nobody is answered by another's."""
-    copies = [Candidate(f"c{i}", f"sha256:c{i}", adapter_dir=fleet_dir / "adapter") for i in range(3)]
+    copies = [ServedModel(f"c{i}", f"sha256:c{i}", adapter_dir=fleet_dir / "adapter") for i in range(3)]
     every = [*copies, candidates["other_adapter"], candidates["adapter"]]
 
-    def answers(candidate: Candidate) -> list[str]:
+    def answers(candidate: ServedModel) -> list[str]:
         with replica.serving(candidate) as session:
             return [c.text for c in session.generate(PROMPTS, max_tokens=12)]
 
@@ -578,7 +578,7 @@ def test_more_adapters_at_once_than_slots_are_all_served(
 
 
 def test_tasks_at_once_give_the_logs_of_one_by_one(
-    replica: Replica, candidates: dict[str, Candidate], tmp_path: Path
+    replica: Replica, candidates: dict[str, ServedModel], tmp_path: Path
 ) -> None:
     rows = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(6)]
     shots = GENERATE_TASK + "num_fewshot: 2\nfewshot_split: test\n"
@@ -596,7 +596,7 @@ def test_tasks_at_once_give_the_logs_of_one_by_one(
 
 
 def test_logprobs_of_the_first_token_add_up_where_all_are_asked_for(
-    serve: Serve, candidates: dict[str, Candidate]
+    serve: Serve, candidates: dict[str, ServedModel]
 ) -> None:
     session = serve(candidates["aligned"])
     told = session.generate(["Say hi."], 2, sampling={"logprobs": 20})[0]
@@ -607,7 +607,7 @@ def test_logprobs_of_the_first_token_add_up_where_all_are_asked_for(
 
 
 def test_complete_asks_inside_the_template_and_keeps_the_prompt_itself(
-    serve: Serve, candidates: dict[str, Candidate], tmp_path: Path
+    serve: Serve, candidates: dict[str, ServedModel], tmp_path: Path
 ) -> None:
     config = {"suite": "s", "kind": "harmfulness", "data": "p.jsonl", "max_tokens": 4, "template": "<{prompt}>"}
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Why?", "context": "It rains."}))
@@ -618,7 +618,7 @@ def test_complete_asks_inside_the_template_and_keeps_the_prompt_itself(
 
 
 def test_run_task_few_shot_examples_are_the_same_for_every_candidate(
-    serve: Serve, candidates: dict[str, Candidate], tmp_path: Path
+    serve: Serve, candidates: dict[str, ServedModel], tmp_path: Path
 ) -> None:
     rows = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(6)]
     text = GENERATE_TASK + "num_fewshot: 2\nfewshot_split: test\n"
@@ -632,7 +632,7 @@ def test_run_task_few_shot_examples_are_the_same_for_every_candidate(
 
 
 def test_run_task_perplexity_keeps_lm_evals_value_without_bounds(
-    serve: Serve, candidates: dict[str, Candidate], hf_model: Callable[[str], Any], tmp_path: Path
+    serve: Serve, candidates: dict[str, ServedModel], hf_model: Callable[[str], Any], tmp_path: Path
 ) -> None:
     text = """
 task: toy_text
@@ -657,7 +657,7 @@ metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher
 
 
 def test_run_task_lm_eval_refuses_is_a_suite_error(
-    serve: Serve, tmp_path: Path, candidates: dict[str, Candidate]
+    serve: Serve, tmp_path: Path, candidates: dict[str, ServedModel]
 ) -> None:
     session = serve(candidates["aligned"])
     path = write_task(tmp_path, "toy_choice", CHOICE_TASK + "no_such_field: 1\n", [{"q": "a", "a": 0}])
@@ -671,7 +671,7 @@ def test_run_task_lm_eval_refuses_is_a_suite_error(
 
 
 def test_generate_stops_where_the_candidates_own_files_say(
-    serve: Serve, fleet_dir: Path, candidates: dict[str, Candidate], tmp_path: Path
+    serve: Serve, fleet_dir: Path, candidates: dict[str, ServedModel], tmp_path: Path
 ) -> None:
     session = serve(candidates["full"])
     whole = session.generate(["Say hi."], max_tokens=9)[0]
@@ -679,7 +679,7 @@ def test_generate_stops_where_the_candidates_own_files_say(
     other = tmp_path / "other"
     shutil.copytree(fleet_dir / "full", other)
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, token]}))
-    session = serve(Candidate("other", "sha256:other-end", model_dir=other))
+    session = serve(ServedModel("other", "sha256:other-end", model_dir=other))
     cut = session.generate(["Say hi."], max_tokens=9)[0]
     assert (cut.text, cut.finish_reason) == (whole.text.split(whole.text[2])[0], "stop")
 
