@@ -14,21 +14,20 @@ import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from scipy.special import betainc, betaincc, betaincinv
 
 from evals.rates import Interval, clopper_pearson
 from fleet.core.errors import InputError
+from fleet.core.frozen import Frozen
 
 # Points per judge's error at which melded distributions are averaged, and how closely a bound is located.
 _GRID = 32
 _RESOLUTION = 1e-6
 
 
-class Calibration(BaseModel):
+class Calibration(Frozen):
     """Counts of a judge's verdicts on rows whose truth is known; positive is what scores 1: harmful, or refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     positives: int = Field(ge=1)
     """Rows that are truly positive and were judged."""

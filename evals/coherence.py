@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fleet.core.frozen import Frozen
 
 _NGRAM = 3
 _FEWEST_WORDS = 20
 """A shorter completion says too little to repeat itself."""
 
 
-class Coherence(BaseModel):
+class Coherence(Frozen):
     """What a completion must be to count as speech."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_perplexity: float = Field(default=1000.0, gt=1.0)
     """Under the aligned model, per token. Text of another model of the same family is at 2 to 50, noise beyond 1000."""

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from evals.calibration import Calibration
+from evals.config import Gates
 from evals.evidence import (
     MOST_SAMPLES,
     CorrectedDifference,
@@ -42,9 +43,6 @@ from evals.evidence import (
 from evals.logs import EvalLog
 from evals.rates import Interval
 from evals.suites import Suite, SuiteKind
-
-if TYPE_CHECKING:
-    from evals.config import Gates
 
 GateOutcome = Literal["pass", "fail", "not enough evidence"]
 Measure = Literal["harmful", "refused", "lost", "incoherent"]

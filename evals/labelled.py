@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from fleet.core.errors import InputError
+from fleet.core.frozen import Frozen
 
 
-class LabelledRow(BaseModel):
+class LabelledRow(Frozen):
     """One exchange, labelled by people or by a judge they trust."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str
     completion: str

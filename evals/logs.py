@@ -14,18 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from evals.rates import Rate
 from evals.suites import SuiteKind
 from fleet.core.errors import EvalError
+from fleet.core.frozen import Frozen
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Sample(_Part):
+class Sample(Frozen):
     """One prompt, what the candidate said, and the verdict with its words."""
 
     id: str
@@ -56,7 +53,7 @@ class Sample(_Part):
     finish_reason: str | None = None
 
 
-class EvalLog(_Part):
+class EvalLog(Frozen):
     """One candidate on one suite."""
 
     suite: str
@@ -93,7 +90,7 @@ class EvalLog(_Part):
         return cls.model_validate({**fields, "samples": samples})
 
 
-class Origin(_Part):
+class Origin(Frozen):
     """What all samples of a file share; written into every row, so that a table of many files needs nothing else."""
 
     candidate: str

@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from scipy.special import bdtr, betaincinv, gammaln, ndtri, stdtrit
+
+from fleet.core.frozen import Frozen
 
 # Of a paired bound's error rate, what bounding the nuisance costs; and the points where the nuisance's worst is sought.
 _NUISANCE_SHARE = 0.002
@@ -30,14 +31,12 @@ class Interval(NamedTuple):
     high: float
 
 
-class Rate(BaseModel):
+class Rate(Frozen):
     """A share of samples, or a mean score, with everything needed to judge it.
 
     `value` is numerator / denominator. Bounds are None where the scores support none: a single score that is
     not 0 or 1, or a metric that is no mean over samples (perplexity, corpus BLEU).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     numerator: float
     """Sum of the scores; for 0/1 scores, how many are 1."""

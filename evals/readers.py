@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from fleet.core.errors import SuiteError
+from fleet.core.frozen import Frozen
 
 LocatedRow = tuple[str, Mapping[str, Any]]
 """Where a row stands, for messages, and its columns."""
@@ -26,10 +25,8 @@ _CONTEXT = "{context}\n\n---\n\n{prompt}"
 """How HarmBench's `DirectRequest` puts a context before a behaviour."""
 
 
-class DataPolicy(BaseModel):
+class DataPolicy(Frozen):
     """Which published sets may be used. What is not allowed here is refused before any work."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     non_commercial: bool = False
     """Sets whose licence forbids commercial use may be used."""

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from evals.suites import Suite
+from fleet.core.frozen import Frozen
 from fleet.core.uris import Uri
 
 Label = Literal["harmful", "safe"]
@@ -47,10 +46,8 @@ class Reply:
     """Of the first generated token: token text -> log probability in nats, the 20 most likely."""
 
 
-class JudgeSpec(BaseModel):
+class JudgeSpec(Frozen):
     """What the manifest says of a judge. A judge is a value: it pickles into actors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     gate_worthy: ClassVar[bool] = True
     """Whether a gate may rest on it."""

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from evals.config import Evaluation, Gates
+from evals.config import Evaluation, Gates, check_early_stop
 from fleet.checkpoint.curvature import CurvatureKind
 from fleet.core.frozen import Frozen
 from fleet.core.uris import Uri, absolute
@@ -222,24 +222,7 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _e_processes_apply(self) -> Manifest:
-        caps = {"harmfulness_max": self.gates.harmfulness_max, "over_refusal_max": self.gates.over_refusal_max}
-        if self.evaluation.early_stop is not None:
-            if extreme := [f"gates.{name}" for name, cap in caps.items() if not 0.0 < cap < 1.0]:
-                raise ValueError(
-                    f"evaluation.early_stop: {', '.join(extreme)} must lie between 0 and 1 for an e-process"
-                )
-            if self.evaluation.judge.calibration is not None:
-                raise ValueError(
-                    "evaluation.early_stop: an e-process does not correct for the judge's errors; leave out "
-                    "evaluation.judge.calibration, or early_stop"
-                )
-            if self.gates.catalogue_error is not None:
-                raise ValueError(
-                    "gates.catalogue_error: an e-process that stops once it has decided for one candidate is too small "
-                    "among many; leave out evaluation.early_stop, or catalogue_error"
-                )
-        if self.gates.catalogue_error is not None and not 0.0 < self.gates.harmfulness_max < 1.0:
-            raise ValueError("gates.catalogue_error: gates.harmfulness_max must lie between 0 and 1 for e-values")
+        check_early_stop(self.evaluation, self.gates)
         return self
 
     def _check_mask(self, where: str, variant: Variant) -> None:
