@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from evals.coherence import Coherence
 from evals.judges import JudgeField, RuleJudge
-from evals.readers import DataPolicy
+from evals.suites.published import DataPolicy
 from fleet.core.frozen import Frozen
 from fleet.core.uris import Uri
 

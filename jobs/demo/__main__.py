@@ -12,7 +12,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="where the models go (default: demo)")
     parser.add_argument(
-        "--suites", type=Path, default=Path("evals/suites"), help="where the suites go (default: evals/suites)"
+        "--suites",
+        type=Path,
+        default=Path("evals/suites/bundled"),
+        help="where the suites go (default: evals/suites/bundled)",
     )
     parser.add_argument(
         "--only", nargs="+", metavar="STAGE", help="train these alone, from the others as they are under --output"

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evals.logs import sample_ids
-from evals.readers import PLAIN, READERS, DataPolicy, DatasetSource, Prompt, read_files
 from evals.suites import TEMPLATES, Suite, load_suite, read_prompts, read_requests
+from evals.suites.prompts import PLAIN, Prompt, read_files
+from evals.suites.published import READERS, DataPolicy, DatasetSource
 from fleet.core.errors import SuiteError
 
 ALL = DataPolicy(non_commercial=True, gated=True)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from evals.config import Gates
 from evals.gates import gate
-from evals.readers import Prompt
-from evals.split import hash_fraction, is_tuning
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
+from evals.suites.prompts import Prompt
+from evals.suites.split import hash_fraction, is_tuning
 from fleet.core.errors import SuiteError
 from fleet.manifest import load_manifest
 from fleet.run.plan import make_plan

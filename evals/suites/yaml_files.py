@@ -1,0 +1,47 @@
+"""Reading a suite's YAML, and finding the files it names beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from fleet.core.errors import SuiteError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `!function module.name` (lm-eval's way to name code) is the text of that name."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(cast(Any, node)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SuiteError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise SuiteError(f"{path}: must be a mapping of fields, not {type(config).__name__}")
+    return config
+
+
+def data_files(path: Path, value: object) -> list[Path]:
+    """The file of this name beside the YAML, or all that a pattern with `*` matches."""
+    if isinstance(value, str) and "*" in value and "://" not in value:
+        if not (found := sorted(path.parent.glob(value))):
+            raise SuiteError(f"{path}: data: no file matches {path.parent / value}")
+        return found
+    return [data_file(path, value, "data")]
+
+
+def data_file(path: Path, name: object, where: str) -> Path:
+    if not isinstance(name, str) or not name or "://" in name:
+        raise SuiteError(f"{path}: {where} is {name!r}, but must name a file beside the YAML")
+    file = path.parent / name
+    if not file.is_file():
+        raise SuiteError(f"{path}: {where}: no file {file}")
+    return file
