@@ -44,11 +44,13 @@ from fleet.checkpoint.model import read_model, require_full_model
 from fleet.checkpoint.tensors import TensorLayout, read_rows, write_tensors
 from fleet.checkpoint.write import Output, Shard
 from fleet.fusion import AnyFusionMethod
+from fleet.fusion.member import Member
 from fleet.fusion.streaming import COMPILED_RUNS, RUN_ENTRIES
-from fleet.run.coordinator import WORKER_ENV
+from fleet.run.pools import WORKER_ENV
 from fleet.store import open_folder, open_store
 from fleet.store.local import LocalStore
-from fleet.work.tensors import FuseUnit, Member, TensorWorker
+from fleet.work.fusing import FuseUnit
+from fleet.work.tensor_worker import TensorWorker
 
 WORKERS = 2
 SHARD_BYTES = 200_000_000
@@ -161,7 +163,7 @@ class FloorWorker:
 
     def fuse(self, unit: FuseUnit) -> None:
         aligned = require_full_model(read_model(open_folder(unit.aligned)), "aligned")
-        uris = [*([unit.aligned] if unit.as_adapter else []), *(m.uri for m in unit.members_M)]  # as_adapter: with base
+        uris = [*([unit.aligned] if unit.as_lora else []), *(m.uri for m in unit.members_M)]  # as_adapter: with base
         models = [require_full_model(read_model(open_folder(uri)), uri) for uri in uris]
 
         def pieces(name: str) -> Iterator[torch.Tensor]:
@@ -189,10 +191,10 @@ def serve(kind: type[Any], first: FuseUnit, units: Any, answers: Any) -> None:
     worker = kind()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    worker.fuse(first)
+    worker.run(first)
     answers.put(0)
     while (unit := units.get()) is not None:
-        worker.fuse(unit)
+        worker.run(unit)
         answers.put(resident("VmHWM") - before)
 
 

@@ -38,7 +38,7 @@ from fleet.masks.masked_model import ALONE, MaskedMember, MaskedModel
 from fleet.masks.network import build_network
 from fleet.masks.objective import dpo_losses, margins, reply_log_probs
 from fleet.methods.somf import Somf
-from fleet.run.coordinator import WORKER_ENV
+from fleet.run.pools import WORKER_ENV
 from fleet.store import open_folder
 
 CONFIG = {

@@ -41,18 +41,11 @@ from evals.logs import read_samples, sample_ids
 from evals.sequential import decide
 from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_prompts
 from fleet.checkpoint.write import Output
-from fleet.run.coordinator import MAX_NUM_SEQS
+from fleet.run.pools import MAX_NUM_SEQS
 from fleet.store import open_store
-from fleet.work.scoring import (
-    CohereUnit,
-    CompleteUnit,
-    JudgeUnit,
-    JudgingWorker,
-    ScoringWorker,
-    Served,
-    SuiteFiles,
-    TaskUnit,
-)
+from fleet.work.judging import JudgeUnit, JudgingWorker
+from fleet.work.scoring import CohereUnit, CompleteUnit, ScoringWorker, TaskUnit
+from fleet.work.served import Served, SuiteFiles
 
 DEMO = Path(__file__).parent.parent / "demo"
 PROMPT_SUITES = ("demo_harmful", "demo_lookalike")
@@ -68,7 +61,7 @@ OPTIONS = EngineOptions(
 
 
 def served(name: str, folder: Path | None = None) -> Served:
-    return Served(name, f"demo:{name}", str(folder or DEMO / name), is_adapter=name not in FULL)
+    return Served(name, f"demo:{name}", str(folder or DEMO / name), as_lora=name not in FULL)
 
 
 def suite_files(name: str) -> SuiteFiles:
@@ -87,16 +80,16 @@ class Ours:
 
     def complete(self, candidate: Served, name: str, indices: Sequence[int], suite: SuiteFiles | None = None) -> str:
         key = f"completions/{candidate.name}-{name}-{len(indices)}-{indices[0]}.parquet"
-        self.worker.complete(CompleteUnit(candidate, suite or suite_files(name), tuple(indices), self.store, key))
+        self.worker.run(CompleteUnit(candidate, suite or suite_files(name), tuple(indices), self.store, key))
         return key
 
     def prompts(self, candidate: Served, suite: Suite) -> None:
         key = self.complete(candidate, suite.name, range(len(suite.prompts)))
         means = key.replace(".parquet", ".logprobs.json")
-        self.worker.cohere(CohereUnit(self.store, key, suite.chat, means))
+        self.worker.run(CohereUnit(self.store, key, suite.chat, means))
         output = Output(self.store, f"score/{candidate.name}.{suite.name}")
         judge = RuleJudge()
-        self.judging.judge(
+        self.judging.run(
             JudgeUnit(
                 candidate.name,
                 suite_files(suite.name),
@@ -112,7 +105,7 @@ class Ours:
 
     def task(self, candidate: Served, name: str) -> float:
         output = Output(self.store, f"score/{candidate.name}.{name}")
-        record: Any = self.worker.task(TaskUnit(candidate, suite_files(name), output, "s.parquet"))
+        record: Any = self.worker.run(TaskUnit(candidate, suite_files(name), output, "s.parquet"))
         return record.result["rate"]["value"]
 
     def catalogue(self, candidates: Sequence[Served]) -> dict[str, float]:
@@ -128,7 +121,7 @@ class Ours:
 
         groups: dict[str, list[Served]] = {}
         for candidate in candidates:
-            groups.setdefault("aligned" if candidate.is_adapter else candidate.name, []).append(candidate)
+            groups.setdefault("aligned" if candidate.as_lora else candidate.name, []).append(candidate)
         for members in groups.values():
             with ThreadPoolExecutor(MANY) as threads:
                 jobs = [threads.submit(job, c, name) for c in members for name in (*PROMPT_SUITES, *TASKS)]
@@ -170,7 +163,7 @@ def sixteen(run: Ours, scratch: Path) -> dict[str, float]:
     for i in range(MANY + 1):
         folder = scratch / f"adapter-{i}"
         shutil.copytree(DEMO / ADAPTERS[i % len(ADAPTERS)], folder)
-        adapters.append(Served(f"copy{i}", f"copy:{i}", str(folder), is_adapter=True))
+        adapters.append(Served(f"copy{i}", f"copy:{i}", str(folder), as_lora=True))
 
     def seconds(members: Sequence[Served]) -> float:
         start = time.perf_counter()
@@ -183,7 +176,7 @@ def sixteen(run: Ours, scratch: Path) -> dict[str, float]:
 
 def swap(run: Ours) -> dict[str, float]:
     """Two full models in turn, swapped in and out."""
-    replica = run.worker._replica  # pyright: ignore[reportPrivateUsage]
+    replica = run.worker.replica  # pyright: ignore[reportPrivateUsage]
     seconds = []
     for name in ("unaligned", "reversing", "unaligned", "reversing"):
         start = time.perf_counter()

@@ -46,10 +46,11 @@ from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
 from fleet.checkpoint.model import read_model
 from fleet.checkpoint.tensors import read_tensor
 from fleet.checkpoint.write import Output
-from fleet.run.coordinator import UNIT_BYTES, WORKER_ENV
+from fleet.run.pools import WORKER_ENV
+from fleet.steps.view import UNIT_BYTES
 from fleet.store.local import LocalFolder
 from fleet.work.survey import BLOCK_BYTES, READERS, SurveyUnit
-from fleet.work.tensors import TensorWorker
+from fleet.work.tensor_worker import TensorWorker
 
 CORES = os.cpu_count() or 1
 START_SECONDS = 0.5
@@ -151,7 +152,7 @@ _worker = TensorWorker()
 
 def _survey_unit(unit: SurveyUnit) -> tuple[Usage, Usage]:
     before = usage()
-    _worker.survey(unit)
+    _worker.run(unit)
     return before, usage()
 
 
@@ -164,6 +165,7 @@ def survey_models(folder: Path, case: Case, displacement: str | Output, groups: 
             models={f"adapter-{i:02d}": str(folder / f"adapter-{i:02d}") for i in range(case.adapters)},
             tensors=tuple(names),
             file=shard_name(index, len(groups)),
+            displacement_key="base",
             rho=case.rho,
             directions=DIRECTIONS,
             displacement=displacement,

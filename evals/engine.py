@@ -36,6 +36,9 @@ DEFAULT_MAX_MODEL_LEN = 4096
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM 0.32 takes for max_lora_rank."""
 
+MAX_SERVED_RANK = VLLM_RANKS[-1]
+"""The largest LoRA rank vLLM serves."""
+
 # Initialisations that only choose the adapter's first values; the others (PiSSA, OLoRA, CorDA, LoftQ, …)
 # change the base weights when PEFT loads the adapter, which vLLM does not do.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")

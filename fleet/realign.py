@@ -92,7 +92,9 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
         lock_local_ray()
     from fleet.report.report import make_report, print_report, write_report
     from fleet.report.tracking import Tracker
-    from fleet.run.coordinator import Coordinator, RunResult, start_ray
+    from fleet.run.cluster import start_ray
+    from fleet.run.coordinator import Coordinator, RunResult
+    from fleet.run.pools import RayPools
     from fleet.run.progress import RunProgress
 
     tracker = Tracker(plan)
@@ -102,7 +104,7 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     console.print(f"run {plan.run_id}: {len(plan.steps)} steps, {len(plan.done)} done already")
     if plan.pending:
         with RunProgress(plan.steps, set(plan.done), console) as progress:
-            result = Coordinator(plan, progress, tracker.training).run()
+            result = Coordinator(plan, progress, RayPools(plan), tracker.training).run()
     else:
         result = RunResult(records=dict(plan.done))
     report = make_report(plan, result, tracker.published)

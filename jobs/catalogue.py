@@ -11,14 +11,13 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from fleet.core.errors import ManifestError, SourceError
 from fleet.core.uris import Uri
 from fleet.manifest import Base, Manifest, ModelSpec, parse, read_json
-from fleet.steps.record import Kind
+from fleet.steps import KINDS
 from fleet.store import Folder, open_store
 
 logger = logging.getLogger("jobs.catalogue")
@@ -99,7 +98,7 @@ def _models(folder: Folder, template: _Template) -> list[ModelSpec]:
     by_name = {m.name: m for m in template.models}
     # The harmful LoRA of RESTA may be a model of the catalogue too; then the template lists it.
     bases = {_canonical(uri) for uri in template.base.sources} - by_source.keys()
-    outputs = tuple(f"{_canonical(template.artifacts)}/{kind}/" for kind in get_args(Kind))
+    outputs = tuple(f"{_canonical(template.artifacts)}/{kind}/" for kind in KINDS)
     found: dict[str, ModelSpec] = {}
     for path in model_folders(files):
         is_root = path == PurePosixPath()

@@ -10,9 +10,10 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-import fleet.run.coordinator
-from fleet.steps.record import UnitRecord
-from fleet.work.tensors import FuseUnit, TensorWorker
+import fleet.run.pools
+from fleet.work.fusing import FuseUnit
+from fleet.work.tensor_worker import TensorWorker
+from fleet.work.unit import Found, Unit
 from tests.run.test_coordinator import tensor_plan, walk
 
 FAST_HEALTH_CHECKS = {
@@ -26,9 +27,10 @@ FAST_HEALTH_CHECKS = {
 class SlowWorker(TensorWorker):
     """Takes long enough for a node to die in the middle."""
 
-    def fuse(self, unit: FuseUnit) -> UnitRecord:
-        time.sleep(1.0)
-        return super().fuse(unit)
+    def run(self, unit: Unit) -> Found:
+        if isinstance(unit, FuseUnit):
+            time.sleep(1.0)
+        return super().run(unit)
 
 
 def main(catalogue: Path, work: Path) -> None:
@@ -44,7 +46,7 @@ def main(catalogue: Path, work: Path) -> None:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 << 20) for _ in range(2)]
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
-    fleet.run.coordinator.TensorWorker = SlowWorker
+    fleet.run.pools.TensorWorker = SlowWorker
     plan = tensor_plan(catalogue, work / "disturbed", placement={"workers": 2})
 
     def kill_when_fusing() -> None:

@@ -9,8 +9,10 @@ from evals.logs import EvalLog, Origin, Sample, write_samples
 from evals.rates import Rate
 from evals.suites import Suite
 from fleet.run.plan import Plan
-from fleet.steps.builder import Candidate, FuseStep
-from fleet.steps.record import Record, Step, attempt_prefix, package_versions, record_key, to_bytes
+from fleet.steps.base import Step
+from fleet.steps.builder import Candidate
+from fleet.steps.fuse import FuseStep
+from fleet.steps.record import Record, attempt_prefix, package_versions, record_key, to_bytes
 from fleet.store.entry import FileEntry
 
 ATTEMPT = "a"

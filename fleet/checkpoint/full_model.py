@@ -25,6 +25,8 @@ class FullModel:
     folder: Folder
     config: dict[str, Json]
     tensors: dict[str, TensorInfo]
+    is_quantised: bool = False
+    """Whether the files themselves are fp8; one that is read in another vocabulary has float32 in its place."""
 
     @property
     def num_bytes(self) -> int:
@@ -46,11 +48,12 @@ def read_full_model(folder: Folder) -> FullModel:
             "vector exists; give the unquantised checkpoint"
         )
     found = read_headers(folder, "model")
-    if quantisation or any(info.dtype in FP8_DTYPES for info in found.values()):
+    is_quantised = bool(quantisation) or any(info.dtype in FP8_DTYPES for info in found.values())
+    if is_quantised:
         folder = dequantised(folder, config, found)
         config, found = read_json(folder, "config.json"), read_headers(folder, "model")
     tensors = {n: t for n, t in found.items() if not _DERIVED_BUFFER.search(n)}
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     check_dtypes(folder.uri, tensors)
-    return FullModel(folder, config, tensors)
+    return FullModel(folder, config, tensors, is_quantised)

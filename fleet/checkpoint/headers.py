@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,9 @@ KNOWN_DTYPE_BYTES = {
 }  # fmt: skip
 
 _QUANTISED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I32"})
+
+INDEX_FILE = "model.safetensors.index.json"
+"""Which of a model's several files holds which tensor, as transformers writes and reads it."""
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit; a larger claim is a lie or damage, and is refused before it is allocated."""
@@ -179,15 +182,15 @@ def read_headers(folder: Folder, what: str) -> dict[str, TensorInfo]:
             if name in tensors:
                 raise CheckpointError(f"{folder.uri}: tensor {name} is in both {tensors[name].file} and {file}")
             tensors[name] = info
-    if "model.safetensors.index.json" in sizes and what == "model":
+    if INDEX_FILE in sizes and what == "model":
         _check_index(folder, tensors)
     return tensors
 
 
 def _check_index(folder: Folder, tensors: dict[str, TensorInfo]) -> None:
-    where = f"{folder.uri}/model.safetensors.index.json"
+    where = f"{folder.uri}/{INDEX_FILE}"
     try:
-        weight_map = json.loads(folder.read("model.safetensors.index.json"))["weight_map"]
+        weight_map = json.loads(folder.read(INDEX_FILE))["weight_map"]
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{where}: not a safetensors index ({e!r})") from e
     wrong = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
@@ -222,6 +225,11 @@ def read_json(folder: Folder, name: str) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder.uri}/{name}: not a JSON object")
     return value
+
+
+def json_bytes(value: Mapping[str, object]) -> bytes:
+    """A small file beside weights that we write: the same bytes for the same value, whatever its order."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def check_dtypes(where: str, tensors: dict[str, TensorInfo]) -> None:

@@ -19,7 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from fleet.checkpoint.headers import FP8_DTYPES, KNOWN_DTYPE_BYTES, TensorInfo, TensorLayout, header_bytes
+from fleet.checkpoint.headers import (
+    FP8_DTYPES,
+    INDEX_FILE,
+    KNOWN_DTYPE_BYTES,
+    TensorInfo,
+    TensorLayout,
+    header_bytes,
+    json_bytes,
+)
 from fleet.core.errors import CheckpointError, SourceError
 from fleet.core.identity import Json, digest
 from fleet.store import Folder
@@ -29,9 +37,11 @@ from fleet.store.local import LocalFolder
 if TYPE_CHECKING:
     import torch
 
-INDEX_FILE = "model.safetensors.index.json"
 BLOCK = (128, 128)
 """Rows and columns that share a scale where `quantization_config` doesn't say: what DeepSeek and Qwen publish."""
+
+VIEW_BYTES = 800
+"""Memory of one tensor's view, with its place in a file and the header entry it reads (measured with tracemalloc)."""
 
 _SCALE = re.compile(r"(?P<weight>.+)(_scale_inv|_scale)")
 """Scales are multiplied by, whatever they are called: DeepSeek's `weight_scale_inv` is the quantiser's inverse."""
@@ -51,6 +61,11 @@ class TensorView(Protocol):
     @property
     def row_bytes(self) -> int:
         """Bytes of what can be read at the least."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the view itself takes, before anything is read."""
         ...
 
     def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
@@ -76,6 +91,10 @@ class Stored:
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * KNOWN_DTYPE_BYTES[self.dtype]
+
+    @property
+    def memory_bytes(self) -> int:
+        return VIEW_BYTES
 
     def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
         self.folder.read_into(self.info.file, self.info.start + start * self.row_bytes, buffer)
@@ -105,6 +124,10 @@ class Dequantised:
     @property
     def row_bytes(self) -> int:
         return self._matrix[1] * KNOWN_DTYPE_BYTES["F32"]
+
+    @property
+    def memory_bytes(self) -> int:
+        return VIEW_BYTES
 
     def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
         import torch
@@ -200,6 +223,11 @@ class ViewFolder:
     small: Mapping[str, bytes]
     sources: tuple[Folder, ...]
 
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the views take, beside the folders they read."""
+        return sum(view.memory_bytes for tensors in self.tensors.values() for view in tensors.values())
+
     def files(self) -> dict[str, int]:
         sizes = {file: layout[-1].stop for file, layout in self._layouts.items()}
         sizes |= {file: folder.files()[file] for file, folder in self.passed.items()}
@@ -251,7 +279,7 @@ class ViewFolder:
         where = {name: file for file, tensors in self.tensors.items() for name in tensors}
         total = sum(p.stop - p.start for layout in self._layouts.values() for p in layout[1:])
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        return {**self.small, INDEX_FILE: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+        return {**self.small, INDEX_FILE: json_bytes(index)}
 
     @cached_property
     def _layouts(self) -> dict[str, list[_Placed]]:

@@ -27,14 +27,17 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import KNOWN_DTYPE_BYTES, TensorInfo
 from fleet.checkpoint.model import content_identity, is_companion, read_model, require_full_model
 from fleet.checkpoint.modules import HEADS, TOKEN_TABLES
-from fleet.checkpoint.views import Stored, TensorView, ViewFolder
+from fleet.checkpoint.views import VIEW_BYTES, Stored, TensorView, ViewFolder
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json, canonical_json
 from fleet.store import Folder, open_folder
-from fleet.store.open import VOCABULARY_SCHEME
 
 if TYPE_CHECKING:
     import torch
+
+VOCABULARY_SCHEME = "vocabulary:"
+"""URI scheme of a model that is read through another vocabulary than its own: JSON follows, of the `Vocabulary` and
+the model's address. `fleet.checkpoint.opened` opens it."""
 
 _VERSION = 1
 """Bumped by hand when the same models would come out otherwise."""
@@ -56,7 +59,7 @@ class Vocabulary:
     """Models that have tokens which the aligned one lacks, in the manifest's order; where nothing is added, none."""
 
     def address(self, model: str) -> str:
-        """Of a model in this vocabulary, for `open_folder`."""
+        """The URI of a model read in this vocabulary, for `fleet.checkpoint.opened`."""
         return VOCABULARY_SCHEME + canonical_json({"vocabulary": asdict(self), "model": model})
 
 
@@ -306,6 +309,10 @@ def _with_added(folder: Folder, new: Mapping[str, Mapping[str, Any]]) -> tuple[d
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
+RUN_BYTES = 280
+"""Memory of one `_Run` with one source (measured with tracemalloc); a renumbered vocabulary has one a token."""
+
+
 class _Run(NamedTuple):
     """Rows [start, stop) that follow each other in one table, or each the mean of one row of several."""
 
@@ -327,6 +334,10 @@ class _Table:
     @property
     def row_bytes(self) -> int:
         return _row_numbers(self.shape) * KNOWN_DTYPE_BYTES[self.dtype]
+
+    @property
+    def memory_bytes(self) -> int:
+        return VIEW_BYTES + RUN_BYTES * len(self.runs)
 
     def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
         size = self.row_bytes

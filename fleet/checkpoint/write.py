@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fleet.algebra.delta import LowRank, zero
 from fleet.checkpoint.adapter import PEFT_PREFIX, Adapter
 from fleet.checkpoint.full_model import FullModel
-from fleet.checkpoint.headers import TensorLayout
+from fleet.checkpoint.headers import INDEX_FILE, TensorLayout, json_bytes
 from fleet.checkpoint.model import is_companion
 from fleet.checkpoint.modules import canonical_shape
 from fleet.checkpoint.tensors import TORCH_DTYPES, write_tensors
 from fleet.core.identity import Json
-from fleet.steps.record import UnitRecord
 from fleet.store import Store, open_store
 from fleet.store.entry import FileEntry
+
+ADAPTER_FILE = "adapter_model.safetensors"
+"""The file of a whole adapter."""
+
+LORA_VALUE_BYTES = 4
+"""Adapters we write are float32: a sum of products is then exact to rounding, and they are small."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +40,30 @@ class Shard:
 
     file: str
     tensors: tuple[str, ...]
-    index: dict[str, str] | None
+    weight_map: dict[str, str] | None
     """Tensor -> file of the whole model, on the one shard that writes the small files; None on the others."""
 
 
-def write_file(output: Output, file: str, tensors: Mapping[str, torch.Tensor]) -> UnitRecord:
+class WrittenAdapter(NamedTuple):
+    """The files of an adapter, by name, and the largest rank in it."""
+
+    files: dict[str, FileEntry]
+    max_rank: int
+
+
+def write_file(output: Output, file: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, FileEntry]:
     """A safetensors file of tensors that are in memory, float32 or float64; none, if there are no tensors."""
     if not tensors:
-        return UnitRecord()
+        return {}
     dtypes = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     layout = [TensorLayout(name, dtypes[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
     pieces = ([tensor] for tensor in tensors.values())
-    return UnitRecord(files={file: _write_tensors(open_store(output.store), output, file, layout, pieces)})
+    return {file: _write_tensors(open_store(output.store), output, file, layout, pieces)}
 
 
 def write_shard(
     output: Output, shard: Shard, like: FullModel, pieces: Callable[[str], Iterable[torch.Tensor]]
-) -> UnitRecord:
+) -> dict[str, FileEntry]:
     """One shard of a full model with `like`'s names, shapes, dtypes and small files.
 
     Args:
@@ -61,17 +73,15 @@ def write_shard(
     store = open_store(output.store)
     layout = [TensorLayout(n, like.tensors[n].dtype, like.tensors[n].shape) for n in shard.tensors]
     files = {shard.file: _write_tensors(store, output, shard.file, layout, map(pieces, shard.tensors))}
-    if shard.index is not None:
+    if shard.weight_map is not None:
         for name in like.folder.files():
             if is_companion(name, like):
                 files[name] = _write_bytes(store, output, name, like.folder.read(name))
-        if len(set(shard.index.values())) > 1:
-            total = sum(like.tensors[n].num_bytes for n in shard.index)
-            index = {"metadata": {"total_size": total}, "weight_map": shard.index}
-            files["model.safetensors.index.json"] = _write_bytes(
-                store, output, "model.safetensors.index.json", _json_bytes(index)
-            )
-    return UnitRecord(files=files)
+        if len(set(shard.weight_map.values())) > 1:
+            total = sum(like.tensors[n].num_bytes for n in shard.weight_map)
+            index = {"metadata": {"total_size": total}, "weight_map": shard.weight_map}
+            files[INDEX_FILE] = _write_bytes(store, output, INDEX_FILE, json_bytes(index))
+    return files
 
 
 def write_adapter(
@@ -81,7 +91,7 @@ def write_adapter(
     ranks: Mapping[str, int],
     factors: Callable[[str], LowRank],
     sources: Sequence[Adapter],
-) -> UnitRecord:
+) -> WrittenAdapter:
     """A whole PEFT adapter with scale 1 in every module: nothing is left to a config.
 
     A module of rank 0 is left out; if all are, the first is written as zeros of rank 1: PEFT reads no empty adapter.
@@ -112,10 +122,8 @@ def write_adapter(
 
     store = open_store(output.store)
     weights = _write_tensors(store, output, shard.file, layout, tensors())
-    config = _write_bytes(store, output, "adapter_config.json", _json_bytes(_adapter_config(written_ranks, sources)))
-    return UnitRecord(
-        files={shard.file: weights, "adapter_config.json": config}, result={"max_rank": max(written_ranks.values())}
-    )
+    config = _write_bytes(store, output, "adapter_config.json", json_bytes(_adapter_config(written_ranks, sources)))
+    return WrittenAdapter({shard.file: weights, "adapter_config.json": config}, max(written_ranks.values()))
 
 
 def of_rank(delta: LowRank, rank: int) -> LowRank:
@@ -161,7 +169,3 @@ def _write_tensors(
 def _write_bytes(store: Store, output: Output, name: str, data: bytes) -> FileEntry:
     store.replace(f"{output.prefix}/{name}", data)
     return FileEntry.of(data)
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

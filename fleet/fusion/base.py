@@ -103,6 +103,16 @@ class FusionMethod(BaseModel):
         return None
 
     @property
+    def may_lack_curvature(self) -> bool:
+        """Whether a tensor is fused all the same where a model's curvature has nothing of it."""
+        return False
+
+    @property
+    def without_curvature(self) -> str:
+        """The method's own way out where curvature is lacking, as the end of a message."""
+        return ""
+
+    @property
     def reads_aligned(self) -> bool:
         """Whether it looks at the aligned model's weights: then `fuse`, which has task vectors alone, can't do it."""
         return False

@@ -64,6 +64,14 @@ class RegMean(FusionMethod):
     def curvature(self) -> CurvatureKind:
         return "gram"
 
+    @property
+    def may_lack_curvature(self) -> bool:
+        return self.without_gram == "mean"
+
+    @property
+    def without_curvature(self) -> str:
+        return '; or set fuse.without_gram to "mean"'
+
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
         """λ_t, over their sum.
 

@@ -22,7 +22,7 @@ from fleet.checkpoint.curvature import CurvatureKind
 from fleet.core.frozen import Frozen
 from fleet.core.uris import Uri, absolute
 from fleet.fusion import AnyFusionMethod
-from fleet.methods import AnyRealignMethod, Somf
+from fleet.methods import AnyRealignMethod
 
 RESERVED_NAMES = ("aligned", "unaligned", "safety")
 
@@ -226,8 +226,8 @@ class Manifest(Frozen):
         return self
 
     def _check_mask(self, where: str, variant: Variant) -> None:
-        method = variant.realign.controlled if variant.realign is not None else None
-        if not isinstance(method, Somf):
+        method = variant.realign.mask_spec if variant.realign is not None else None
+        if method is None:
             return
         names = [m.name for m in self.members(variant)]
         if method.learn_on == "fusion" and variant.fuse is None:

@@ -23,6 +23,7 @@ from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_file_header
 from fleet.checkpoint.model import touched_tensors
+from fleet.checkpoint.opened import open_full, open_model
 from fleet.checkpoint.task_vectors import read_factors
 from fleet.checkpoint.tensors import TensorLayout, read_rows, read_tensor, write_tensors
 from fleet.checkpoint.write import write_file
@@ -41,13 +42,11 @@ from fleet.masks.objective import (
     reply_log_probs,
     reply_logits,
 )
+from fleet.masks.tasks import NOTHING, LogProbsTask, MaskTask, Trained
 from fleet.masks.texts import Row, split
-from fleet.masks.units import LogProbsUnit, MaskUnit
 from fleet.methods.somf import MaskTraining
-from fleet.steps.record import UnitRecord
 from fleet.store import Folder, Store, open_folder, open_store
 from fleet.store.entry import FileEntry
-from fleet.work.tensors import open_full, open_model
 
 LOG_PROBS_FILE = "log_probs.safetensors"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -94,68 +93,68 @@ class _Prompts:
     held_out: list[int]
 
 
-def log_probs(unit: LogProbsUnit, group: Group, device: torch.device) -> UnitRecord:
+def log_probs(task: LogProbsTask, group: Group, device: torch.device) -> Trained:
     """log π_aligned(reply | prompt) of every pair, in file order: `chosen` and `rejected`, (pairs,), float32."""
-    aligned = open_full(unit.aligned)
-    network = build_network(aligned, _DTYPES[unit.dtype], device, group, False)
-    pairs = _pairs(unit.preferences.rows(), load_tokenizer(aligned), unit.max_tokens)
+    aligned = open_full(task.aligned)
+    network = build_network(aligned, _DTYPES[task.dtype], device, group, False)
+    pairs = _pairs(task.preferences.rows(), load_tokenizer(aligned), task.max_tokens)
     found = torch.zeros(2, len(pairs), device=device)
     with torch.no_grad():
-        for mine in _shares(list(range(len(pairs))), group, unit.compute.micro_batch or _PASS):
+        for mine in _shares(list(range(len(pairs))), group, task.compute.micro_batch or _PASS):
             texts = [pairs[i][side] for side in (0, 1) for i, _ in mine]
             values = reply_log_probs(network, collate(texts, device)).view(2, -1)
             for column, (i, weight) in enumerate(mine):
                 found[:, i] += values[:, column] * float(weight > 0)  # a repeated text counts once
     found = group.total(found).cpu()
     if group.rank:
-        return UnitRecord()
-    return write_file(unit.output, LOG_PROBS_FILE, {"chosen": found[0], "rejected": found[1]})
+        return NOTHING
+    return Trained(write_file(task.output, LOG_PROBS_FILE, {"chosen": found[0], "rejected": found[1]}), {})
 
 
-def learn_mask(unit: MaskUnit, group: Group, device: torch.device, report: Report) -> UnitRecord:
+def learn_mask(task: MaskTask, group: Group, device: torch.device, report: Report) -> Trained:
     """Learn one mask, from its last checkpoint if it has one.
 
     Raises:
         CheckpointError: the models don't fit the method; see `MaskedModel`.
         StepFailedError: the loss is no number.
     """
-    return _Training(unit, group, device, report).run()
+    return _Training(task, group, device, report).run()
 
 
 class _Training:
     """One mask's training, on one worker."""
 
-    def __init__(self, unit: MaskUnit, group: Group, device: torch.device, report: Report) -> None:
-        self.unit, self.group, self.device, self.report = unit, group, device, report
-        self.spec = unit.method.training
-        aligned = open_full(unit.aligned)
+    def __init__(self, task: MaskTask, group: Group, device: torch.device, report: Report) -> None:
+        self.task, self.group, self.device, self.report = task, group, device, report
+        self.spec = task.method.training
+        aligned = open_full(task.aligned)
         tokenizer = load_tokenizer(aligned)
-        rows = unit.preferences.rows()
+        rows = task.preferences.rows()
         self.pairs = _pairs(rows, tokenizer, self.spec.max_tokens)
         self.train, self.held_out = split(rows, self.spec.held_out)
-        self.reference = _read_log_probs(open_folder(unit.log_probs), len(rows)).to(device)
-        members = [MaskedMember(m.name, open_model(m.uri)) for m in unit.members]
-        origin = open_model(unit.safety) if unit.safety is not None else None
+        self.reference = _read_log_probs(open_folder(task.log_probs), len(rows)).to(device)
+        members = [MaskedMember(m.name, open_model(m.uri)) for m in task.members]
+        origin = open_model(task.safety) if task.safety is not None else None
         assert origin is None or isinstance(origin, Adapter)
         if origin is not None:
             _require_continuation(members, origin)
-        network = build_network(aligned, _DTYPES[self.spec.dtype], device, group, unit.compute.activation_checkpointing)
-        self.model = MaskedModel(network, aligned, members, unit.fusion, unit.method, origin, group)
+        network = build_network(aligned, _DTYPES[self.spec.dtype], device, group, task.compute.activation_checkpointing)
+        self.model = MaskedModel(network, aligned, members, task.fusion, task.method, origin, group)
         self.prompts = [
-            self._prompts(member, texts.rows(), tokenizer) for member, texts in zip(members, unit.prompts, strict=False)
+            self._prompts(member, texts.rows(), tokenizer) for member, texts in zip(members, task.prompts, strict=False)
         ]
-        self.store = open_store(unit.output.store)
+        self.store = open_store(task.output.store)
         self.history: list[Evaluation] = []
         self.best: Evaluation | None = None
 
-    def run(self) -> UnitRecord:
+    def run(self) -> Trained:
         step = self._restore()
         while step < self.spec.steps and not self._stops():
             self.report({"step": float(step + 1), **self._update(step)})
             step += 1
             if self.held_out and (step % self.spec.evaluate_every == 0 or step == self.spec.steps):
                 self._evaluate(step)
-            if step % self.unit.compute.checkpoint_every == 0:
+            if step % self.task.compute.checkpoint_every == 0:
                 self._checkpoint(step)
         return self._finish(step)
 
@@ -167,7 +166,7 @@ class _Training:
         density = self.model.draw(step)
         rng = random.Random(f"{spec.seed}/{step}")
         chosen = rng.sample(self.train, min(spec.batch_size, len(self.train)))
-        shares = [*_shares(chosen, group, self.unit.compute.micro_batch)]
+        shares = [*_shares(chosen, group, self.task.compute.micro_batch)]
         prompts = [*self._prompt_shares(rng)] if spec.utility_weight else []
         totals = torch.zeros(4, device=self.device)
         rate = learning_rate(spec, step)
@@ -215,7 +214,7 @@ class _Training:
         count = max(self.spec.batch_size // len(self.prompts), 1)
         for prompts in self.prompts:
             chosen = rng.sample(prompts.train, min(count, len(prompts.train)))
-            for share in _shares(chosen, self.group, self.unit.compute.micro_batch):
+            for share in _shares(chosen, self.group, self.task.compute.micro_batch):
                 yield prompts, [(i, w / len(self.prompts)) for i, w in share]
 
     # -- evaluation ----------------------------------------------------------------------------------------------
@@ -225,10 +224,10 @@ class _Training:
         density = self.model.draw(None)
         totals = torch.zeros(4, device=self.device)
         with torch.no_grad():
-            for share in _shares(self.held_out, self.group, self.unit.compute.micro_batch or _PASS):
+            for share in _shares(self.held_out, self.group, self.task.compute.micro_batch or _PASS):
                 totals += self._preference_loss(share)[1]
             for prompts in self.prompts:
-                for share in _shares(prompts.held_out, self.group, self.unit.compute.micro_batch or _PASS):
+                for share in _shares(prompts.held_out, self.group, self.task.compute.micro_batch or _PASS):
                     found, weights = self._divergences(prompts, share)
                     totals[3] += (found * weights).sum() / len(self.prompts)
         loss, accuracy, margin, utility = (float(f"{v:.6g}") for v in self.group.total(totals).tolist())
@@ -251,7 +250,7 @@ class _Training:
         texts = [encode(tokenizer, row["prompt"], row["response"], self.spec.max_tokens) for row in rows]
         self.model.write_member(member)
         teachers: list[Teacher] = []
-        size = self.unit.compute.micro_batch or _PASS
+        size = self.task.compute.micro_batch or _PASS
         with torch.no_grad():
             # Every worker may need every teacher, and FSDP2 has all of them gather weights in each pass.
             for start in range(0, len(texts), size):
@@ -265,7 +264,7 @@ class _Training:
 
     def _restore(self) -> int:
         """Take up the last checkpoint; the number of updates that are done."""
-        prefix = self.unit.state
+        prefix = self.task.state
         data = self.store.read(f"{prefix}/state.json")
         if data is None:
             return 0
@@ -288,11 +287,11 @@ class _Training:
         return state["step"]
 
     def _checkpoint(self, step: int) -> None:
-        file = _STATE_FILES[(step // self.unit.compute.checkpoint_every) % 2]
-        self._write_state(f"{self.unit.state}/{file}")
+        file = _STATE_FILES[(step // self.task.compute.checkpoint_every) % 2]
+        self._write_state(f"{self.task.state}/{file}")
         if self.group.rank == 0:
             state = {"step": step, "file": file, "history": self.history, "best": self.best}
-            self.store.replace(f"{self.unit.state}/state.json", json.dumps(state).encode())
+            self.store.replace(f"{self.task.state}/state.json", json.dumps(state).encode())
 
     def _write_state(self, key: str) -> None:
         moments = ("", "/exp_avg", "/exp_avg_sq")
@@ -303,9 +302,9 @@ class _Training:
     def _write_best(self) -> None:
         layout = [TensorLayout(g.name, "F32", g.part.shape) for g in self.model.logits]
         values = (logits.whole() for logits in self.model.logits)
-        _write(self.group, self.store, f"{self.unit.state}/{_BEST_FILE}", layout, values)
+        _write(self.group, self.store, f"{self.task.state}/{_BEST_FILE}", layout, values)
 
-    def _finish(self, step: int) -> UnitRecord:
+    def _finish(self, step: int) -> Trained:
         """Write the best mask, or the last where nothing is held out.
 
         Raises:
@@ -320,13 +319,13 @@ class _Training:
                 "raise training.divergence_max, give training.utility_weight, or evaluate more often"
             )
         if self.best is not None and self.group.rank:
-            return UnitRecord()  # the first worker has the best mask's file, and may still be writing it
-        output, all_logits = self.unit.output, [*self.model.logits]
+            return NOTHING  # the first worker has the best mask's file, and may still be writing it
+        output, all_logits = self.task.output, [*self.model.logits]
         layout = [TensorLayout(g.name, "F32", g.part.shape) for g in all_logits]
         if self.best is None:
             values = (logits.whole() for logits in all_logits)
         else:
-            folder = self.store.folder(self.unit.state)
+            folder = self.store.folder(self.task.state)
             headers = read_file_header(folder, _BEST_FILE)
             values = (read_tensor(folder, headers[entry.name]) for entry in layout)
         kept = 0
@@ -339,12 +338,12 @@ class _Training:
 
         entry = _write(self.group, self.store, f"{output.prefix}/{MASK_FILE}", layout, counted())
         if entry is None:
-            return UnitRecord()
-        method, total = self.unit.method, sum(g.count for g in all_logits)
+            return NOTHING
+        method, total = self.task.method, sum(g.count for g in all_logits)
         about: dict[str, Json] = {
             "mask": method.mask,
-            "models": [m.name for m in self.unit.members],
-            "shared": len(self.unit.members) == 1 or method.shared,
+            "models": [m.name for m in self.task.members],
+            "shared": len(self.task.members) == 1 or method.shared,
             "temperature": method.temperature,
             "seed": self.spec.seed,
             "rule": "m = hardened(logits) / mean, per tensor; 1 keeps an entry of the task vector, 0 reverts it",
@@ -359,7 +358,7 @@ class _Training:
             "num_logits": total,
             "share_above_half": kept / total,
         }
-        return UnitRecord(files={MASK_FILE: entry, MASK_JSON: FileEntry.of(data)}, result=result)
+        return Trained({MASK_FILE: entry, MASK_JSON: FileEntry.of(data)}, result)
 
 
 def _require_continuation(members: Sequence[MaskedMember], origin: Adapter) -> None:

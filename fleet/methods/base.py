@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fleet.algebra.delta import Delta
     from fleet.algebra.factors import Factors
     from fleet.algebra.spectral import Triplets
+    from fleet.methods.somf import Somf
 
 Need: TypeAlias = Literal["safety", "harmful", "rho", "projection", "mask"]
 """What a method uses beside the task vector: the safety adapter, the harmful model, ρ and gain, VVᵀΔW/‖V‖, a mask."""
@@ -159,6 +160,16 @@ class RealignMethod(BaseModel):
         """The method that makes the edit that counts: itself, or of a control the one it controls for."""
         return self
 
+    @property
+    def matched(self) -> RealignMethod | None:
+        """Of a control, the method whose edit norms it matches."""
+        return None
+
+    @property
+    def mask_spec(self) -> Somf | None:
+        """The learned mask that it applies, or of a control that the method it controls for applies."""
+        return None
+
     def identity(self) -> dict[str, Json]:
         """The parameters that decide what is made: all of them, except where something lies."""
         return self.model_dump(mode="json")
@@ -191,6 +202,16 @@ class RealignMethod(BaseModel):
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
         """Which of one model's modules are edited. Pure; reads no weights."""
         raise NotImplementedError
+
+    def choose(
+        self, modules: Sequence[ModuleStatistics], matched_norms: Mapping[str, float]
+    ) -> tuple[list[Decision], dict[str, float]]:
+        """The decisions; and of a control, module -> the norm of the edit it gets.
+
+        Args:
+            matched_norms: for a control: module -> ‖ΔW_after − ΔW_before‖ under `matched`, of those it edited.
+        """
+        return self.decide(modules), {}
 
     def warning(self, modules: Sequence[ModuleStatistics], edited: Set[str]) -> str | None:
         """What a user should know of these edits before trusting the method's name; None if nothing."""

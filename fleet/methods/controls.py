@@ -63,6 +63,14 @@ class Control(RealignMethod):
         return self.of
 
     @property
+    def matched(self) -> RealignMethod:
+        return self.of
+
+    @property
+    def mask_spec(self) -> Somf | None:
+        return self.of.mask_spec
+
+    @property
     def needs(self) -> frozenset[Need]:
         return self.of.needs
 
@@ -100,6 +108,12 @@ class Control(RealignMethod):
 
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
         raise AssertionError("a control's modules follow from its targets")
+
+    def choose(
+        self, modules: Sequence[ModuleStatistics], matched_norms: Mapping[str, float]
+    ) -> tuple[list[Decision], dict[str, float]]:
+        targets = self.targets(modules, matched_norms)
+        return self.decide_targets(modules, targets), targets
 
     def decide_targets(self, modules: Sequence[ModuleStatistics], targets: Mapping[str, float]) -> list[Decision]:
         """One decision per module: edited if it has a target."""

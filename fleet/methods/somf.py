@@ -129,6 +129,10 @@ class Somf(RealignMethod):
         return frozenset((*asked, "safety")) if self.reverts_to_safety else frozenset(asked)
 
     @property
+    def mask_spec(self) -> Somf:
+        return self
+
+    @property
     def reverts_to_safety(self) -> bool:
         """Whether adapters are taken to continue the safety adapter, so that a factor mask reverts to it."""
         return self.mask == "factor" and not self.independent_adapters

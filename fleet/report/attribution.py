@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fleet.core.identity import Json
-from fleet.methods import Decision, ModuleStatistics
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("module", "module", "The weight that was judged"),
@@ -28,27 +27,6 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("recompression_residual", "residual", "What cutting the rank lost: ‖ΔW − ΔW_k‖, by Eckart and Young"),
 )
 """(field of a row, heading, what it says)."""
-
-
-def module_rows(
-    modules: Sequence[ModuleStatistics], decisions: Sequence[Decision], edits: Mapping[str, Mapping[str, Json]]
-) -> list[dict[str, Json]]:
-    """One row per module of a realigned model: what was measured, what was decided, what was done.
-
-    Args:
-        edits: module -> what the worker wrote of its edit; none for a module left alone.
-    """
-    rows: list[dict[str, Json]] = []
-    for statistics, decision in zip(modules, decisions, strict=True):
-        edit, reason = edits.get(statistics.module, {}), decision.reason
-        if decision.edit and not edit.get("edit_norm"):
-            reason += "; nothing changed"
-        row: dict[str, Json] = {"module": statistics.module, "edit": bool(edit.get("edit_norm")), "reason": reason}
-        for name in ("lift", "rho", "rho_z", "cosine", "delta_norm"):
-            value = getattr(statistics, name)
-            row[name] = None if value is None else float(f"{value:.6g}")
-        rows.append(row | dict(edit))
-    return rows
 
 
 def attribution_page(title: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -27,8 +27,10 @@ from fleet.report.attribution import attribution_page
 from fleet.report.published import Published, ScoreKeys, read_log, read_published
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan
-from fleet.steps.builder import Candidate, RealignStep, Role, Source, identity_of
+from fleet.steps.builder import Candidate, Role
+from fleet.steps.realign import RealignStep
 from fleet.steps.record import Record, attempt_prefix
+from fleet.steps.sources import Source
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -207,7 +209,7 @@ class _Others:
 
     def published_for(self, candidate: Candidate) -> Mapping[str, EvalLog]:
         """What is published are fused models; the one that is published already has nothing to lose against itself."""
-        is_it = identity_of(candidate.weights) == self.published_identity
+        is_it = candidate.weights.identity == self.published_identity
         return self.published if candidate.role == "fused" and not is_it else {}
 
 
@@ -249,7 +251,7 @@ def _published_logs(
 ) -> tuple[dict[str, EvalLog], str | None]:
     """The published model's logs on the suites it is compared on. One that is made again tonight is scored tonight."""
     fused = [c for c in plan.candidates if c.role == "fused"]
-    again = next((c for c in fused if identity_of(c.weights) == published.identity), None)
+    again = next((c for c in fused if c.weights.identity == published.identity), None)
     if again is not None:
         keys = {suite: step.key for suite, step in again.scores.items()}
         published = replace(published, scores=ScoreKeys(store=plan.store.uri, keys=keys))

@@ -36,8 +36,12 @@ from fleet.report.report import (
     report_json,
 )
 from fleet.run.plan import Plan
-from fleet.steps.builder import Candidate, MaskStep, RealignStep, Source
-from fleet.steps.record import Record, Step, to_bytes
+from fleet.steps.base import Step
+from fleet.steps.builder import Candidate
+from fleet.steps.mask import MaskStep
+from fleet.steps.realign import RealignStep
+from fleet.steps.record import Record, to_bytes
+from fleet.steps.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +119,7 @@ class Tracker:
         steps = [{"key": s.key, "spec": s.spec, "inputs": s.inputs} for s in plan.steps]
         self._text(self.run_id, "plan.json", json.dumps(steps, indent=1, sort_keys=True))
 
-    def training(self, step: MaskStep, measured: Mapping[str, float]) -> None:
+    def training(self, step: Step, measured: Mapping[str, float]) -> None:
         """Log one update or evaluation of a training, while it goes on, as a child run with a curve per metric.
 
         Tracking is not what a training waits for: where MLflow fails, a warning is all.
@@ -128,7 +132,7 @@ class Tracker:
         except MlflowException as e:
             logger.warning("MLflow didn't take update %d of %s: %s", measured["step"], step.name, e.message)
 
-    def _start_training(self, step: MaskStep) -> str:
+    def _start_training(self, step: Step) -> str:
         key = f"{self._plan.run_id}/{step.key}"
         tags = {"mlflow.parentRunId": self.run_id, "fleet.role": "mask", "fleet.identity": step.fingerprint}
         run = self._find(key) or self._create(key, f"mask {step.name}", tags)

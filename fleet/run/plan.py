@@ -20,6 +20,7 @@ from fleet.checkpoint.belongs import check_belongs
 from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import content_identity, read_model, require_full_model
+from fleet.checkpoint.opened import open_model_folder
 from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in, renumbered
 from fleet.core.errors import CheckpointError, ManifestError, SuiteError
 from fleet.core.identity import KEY_DIGITS, digest
@@ -27,8 +28,12 @@ from fleet.manifest import Manifest
 from fleet.masks.files import MASK_FILE, MASK_JSON, read_granularity
 from fleet.masks.texts import TextSet, open_texts
 from fleet.methods import Somf
-from fleet.steps.builder import Bases, Candidate, CurvatureSource, Judging, MaskSource, Source, StepBuilder, identity_of
-from fleet.steps.record import Record, Step, read_record
+from fleet.steps.base import Step
+from fleet.steps.builder import Candidate, build
+from fleet.steps.context import PlanContext
+from fleet.steps.record import Record, read_record
+from fleet.steps.sources import Bases, CurvatureSource, Judging, MaskSource, Source
+from fleet.steps.view import RunView
 from fleet.store import Store, open_folder, open_store
 
 _READERS = 16
@@ -57,6 +62,10 @@ class Plan:
         """The same for the same work: a run that was killed and is typed again is the same run."""
         return digest([self.manifest.name, *sorted(s.fingerprint for s in self.steps)]).removeprefix("sha256:")[:12]
 
+    def view(self, records: Mapping[str, Record]) -> RunView:
+        """What the plan's steps may ask of a run, of which these records are there."""
+        return RunView(self.manifest, self.store, self.bases, self.judging, self.texts, records)
+
     @property
     def pending(self) -> tuple[Step, ...]:
         return tuple(s for s in self.steps if s.key not in self.done)
@@ -64,13 +73,13 @@ class Plan:
     @property
     def lora_modules(self) -> frozenset[str]:
         """Every module that some candidate served as a LoRA adapts."""
-        served = [c.weights for c in self.candidates if c.weights.is_adapter]
+        served = [c.weights for c in self.candidates if c.weights.as_lora]
         return frozenset(tensor.removesuffix(".weight") for weights in served for tensor in weights.tensors)
 
     @property
     def num_adapters(self) -> int:
         """Candidates served as LoRAs."""
-        return len({identity_of(c.weights) for c in self.candidates if c.weights.is_adapter})
+        return len({c.weights.identity for c in self.candidates if c.weights.as_lora})
 
     @property
     def max_lora_rank(self) -> int:
@@ -103,9 +112,12 @@ def make_plan(manifest: Manifest) -> Plan:
     sets = {uri: found for uri, (found, _) in texts.items()}
     contents = {found.key: data for found, data in texts.values() if data is not None}
     judging = _open_judge(manifest.evaluation.judge, contents)
-    builder = StepBuilder(manifest, bases, models, suites, sets, masks, curvatures, judging)
-    candidates = builder.candidates()
-    steps = tuple(builder.steps.values())
+    context = PlanContext(
+        manifest=manifest, bases=bases, models=models, suites=suites, texts=sets, masks=masks, curvatures=curvatures,
+        judging=judging,
+    )  # fmt: skip
+    candidates = build(context)
+    steps = tuple(context.steps.values())
     return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, _done(store, steps))
 
 
@@ -126,7 +138,7 @@ def _open_judge(judge: AnyJudge, contents: dict[str, bytes]) -> Judging:
 
 
 def _open_source(uri: str) -> Source:
-    folder = open_folder(uri)
+    folder = open_model_folder(uri)
     model = read_model(folder)
     return Source(uri, model, content_identity(folder, model))
 
@@ -190,8 +202,8 @@ def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
 
 def _masks(manifest: Manifest) -> list[Somf]:
     """Every variant's mask."""
-    methods = [v.realign.controlled for v in manifest.variants if v.realign is not None]
-    return [m for m in methods if isinstance(m, Somf)]
+    specs = [v.realign.mask_spec for v in manifest.variants if v.realign is not None]
+    return [spec for spec in specs if spec is not None]
 
 
 def _open_texts(manifest: Manifest) -> dict[str, tuple[TextSet, bytes | None]]:

@@ -39,8 +39,8 @@ class Task:
 
     key: tuple[str, int]
     """Step key and unit index; what `settle` answers with."""
-    method: str
     unit: Any
+    """What the actor's `run` is given."""
     group: str | None = None
     """What an actor has to have at hand for it, if anything. Only tasks of one group are with an actor at once, and the
     next is taken from the same group while there is one."""
@@ -88,7 +88,7 @@ class Pool:
 
     Args:
         name: for messages.
-        actor_class: the Ray class with its resources set; it has a method `ready`.
+        actor_class: the Ray class with its resources set; it has methods `ready` and `run`.
         arguments: of its constructor.
         size: how many actors at most.
         retries: how often a unit is tried again after its actor died, hung, or the store failed; and how often an actor
@@ -159,7 +159,7 @@ class Pool:
                 if task.group is not None:
                     worker.group = task.group
                     worker.num_in_group += 1
-                ref = getattr(worker.actor, task.method).remote(task.unit)
+                ref = worker.actor.run.remote(task.unit)
                 self._running[ref] = _Running(task, worker)
         if num_waiting := sum(task.not_before <= now for task in self._queue):
             self.start(math.ceil((num_waiting + len(self._running)) / self._slots))

@@ -1,4 +1,4 @@
-"""Steps and their records. Done means the record exists: it is a step's last write, create-only.
+"""Records of steps. Done means the record exists: it is a step's last write, create-only.
 
 Layout under the store:
 
@@ -14,70 +14,34 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass, field
+import secrets
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fleet.core.errors import StoreError
-from fleet.core.identity import KEY_DIGITS, Json, fingerprint
+from fleet.core.frozen import Frozen
+from fleet.core.identity import KEY_DIGITS, Json
+from fleet.steps.base import AnyResult, Step
 from fleet.store import Store
 from fleet.store.entry import FileEntry
-
-Kind = Literal["displacement", "survey", "logprobs", "mask", "realign", "trim", "fuse", "score", "calibrate"]
-
-ALGORITHM_VERSIONS: dict[Kind, int] = {
-    "displacement": 1, "survey": 2, "logprobs": 1, "mask": 1, "realign": 2, "trim": 1, "fuse": 2, "score": 2,
-    "calibrate": 1,
-}  # fmt: skip
-"""Bumped by hand when the same spec and inputs would give other bytes."""
+from fleet.work.unit import UnitRecord
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One node of a plan. `kind`, `spec`, `inputs` and `deps` are its identity; the rest says where things are."""
-
-    kind: Kind
-    name: str
-    spec: dict[str, Json]
-    inputs: dict[str, str]
-    """Label -> content identity of each source."""
-    deps: tuple[Step, ...] = ()
-    """The steps it reads."""
-    after: tuple[Step, ...] = ()
-    """The steps that have to succeed first though it reads nothing of them: they check its inputs. Not its identity."""
-    read_bytes: int = 0
-    write_bytes: int = 0
-    """At most; what a realigned adapter needs depends on how many modules drifted."""
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        deps = [d.fingerprint for d in self.deps]
-        value = fingerprint(self.kind, ALGORITHM_VERSIONS[self.kind], self.spec, self.inputs, deps)
-        object.__setattr__(self, "fingerprint", value)
+class Keyed(Protocol):
+    """A step, or its record."""
 
     @property
-    def key(self) -> str:
-        return f"{self.kind}/{self.name}/{self.fingerprint[:KEY_DIGITS]}"
+    def key(self) -> str: ...
 
 
-class UnitRecord(BaseModel):
-    """What one unit of a step left behind."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    files: dict[str, FileEntry] = Field(default_factory=dict)
-    result: dict[str, Json] = Field(default_factory=dict)
-
-
-class Record(BaseModel):
+class Record(Frozen):
     """The proof that a step is done, and its provenance."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Kind
+    kind: str
     name: str
     fingerprint: str
     algorithm_version: int
@@ -88,29 +52,45 @@ class Record(BaseModel):
     attempt: str
     files: dict[str, FileEntry]
     result: dict[str, Json]
-    """What later steps and the report read: statistics, decisions, rates."""
+    """What later steps and the report read, as `read` gives it: statistics, decisions, rates."""
     finished_at: str
     """UTC, ISO 8601."""
     seconds: float
     versions: dict[str, str]
+    processors: tuple[str, ...] = ()
+    """What computed it; see `fleet.core.processor`. Bytes are the same on processors of one kind."""
 
     @property
     def key(self) -> str:
         """Of the step."""
         return f"{self.kind}/{self.name}/{self.fingerprint[:KEY_DIGITS]}"
 
+    @property
+    def prefix(self) -> str:
+        """Where the step left its files, below the store."""
+        return attempt_prefix(self, self.attempt)
 
-def record_key(step: Step) -> str:
+    def read(self, result: type[AnyResult]) -> AnyResult:
+        """The step's result, as its kind says it."""
+        return result.model_validate(self.result)
+
+
+def record_key(step: Keyed) -> str:
     return f"{step.key}/record.json"
 
 
-def attempt_prefix(step: Step | Record, attempt: str) -> str:
+def attempt_prefix(step: Keyed, attempt: str) -> str:
     """The folder of a step's files, below the store."""
     return f"{step.key}/attempt-{attempt}"
 
 
-def unit_key(step: Step, attempt: str, index: int) -> str:
+def unit_key(step: Keyed, attempt: str, index: int) -> str:
     return f"{step.key}/units-{attempt}/{index:04d}.json"
+
+
+def new_attempt() -> str:
+    """Time first, so that attempts sort by age; a random part, so that two never share a folder."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 def read_record(store: Store, step: Step) -> Record | None:
@@ -140,7 +120,7 @@ def read_record_at(store: Store, key: str) -> Record | None:
         raise StoreError(f"{store.uri}/{key}/record.json: damaged record; delete it to run the step again ({e})") from e
 
 
-def read_units(store: Store, step: Step) -> tuple[str | None, dict[int, UnitRecord]]:
+def read_units(store: Store, step: Keyed) -> tuple[str | None, dict[int, UnitRecord]]:
     """The latest interrupted attempt of a step and what it had finished; (None, {}) if there is none."""
     attempts: dict[str, list[str]] = {}
     for key in store.list(f"{step.key}/units-"):

@@ -11,9 +11,6 @@ from fleet.store.base import Folder, Store
 from fleet.store.digest import folder_digest
 from fleet.store.local import LocalFolder, LocalStore
 
-VOCABULARY_SCHEME = "vocabulary:"
-"""Of a model that is read in another vocabulary than its own; `fleet.checkpoint.vocabulary` makes such addresses."""
-
 _PIN = re.compile(r"(?P<uri>.+)@(?P<digest>sha256:[0-9a-f]{64})", re.DOTALL)
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -38,10 +35,6 @@ def open_folder(uri: str) -> Folder:
     read (S3: listed) and compared here. Raises SourceError if `uri` is none of these, if a Hub
     address has no commit, or if the pin does not match.
     """
-    if uri.startswith(VOCABULARY_SCHEME):
-        from fleet.checkpoint.vocabulary import open_in_vocabulary  # noqa: PLC0415 - it opens folders, too
-
-        return open_in_vocabulary(uri)
     pinned = _PIN.fullmatch(uri)
     if pinned is None:
         if "@sha256:" in uri:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
@@ -37,13 +37,18 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorInfo, read_headers
 from fleet.checkpoint.model import Model, touched_tensors
 from fleet.checkpoint.modules import ModuleView, is_transposed, module_views
+from fleet.checkpoint.opened import open_full, open_model
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_weight
 from fleet.checkpoint.tensors import read_rows, read_tensor
 from fleet.checkpoint.write import Output, write_file
 from fleet.core.errors import CheckpointError
+from fleet.core.identity import Json
 from fleet.methods import ModuleStatistics
-from fleet.steps.record import UnitRecord
 from fleet.store import Folder, open_folder
+from fleet.work.unit import PoolName, UnitRecord
+
+if TYPE_CHECKING:
+    from fleet.work.tensor_worker import TensorWorker
 
 BLOCK_BYTES = 16 << 20
 """Rows are read this many bytes at a time: enough rows for a product with them to run at full speed."""
@@ -68,7 +73,7 @@ class SurveyUnit:
     aligned: str
     unaligned: str
     models: dict[str, str]
-    """Model name -> URI."""
+    """Key of its survey step -> URI of the model."""
     tensors: tuple[str, ...]
     file: str
     """What this unit's files are called, in the folder of V's own part and in those of projections."""
@@ -76,10 +81,28 @@ class SurveyUnit:
     """Whether ρ, gain and their nulls are measured, which takes twice the flops."""
     directions: int
     """How many of V's leading singular triplets are kept."""
+    displacement_key: str
+    """Key of the step of V's own part."""
     displacement: str | Output
     """V's own part: where it is, or where this unit leaves it."""
     projections: dict[str, Output] = field(default_factory=dict)
-    """Model -> where the B factors of its VVᵀΔW/‖V‖ go; empty unless a method asks for them."""
+    """Model's key -> where the B factors of its VVᵀΔW/‖V‖ go; empty unless a method asks for them."""
+
+    pool: ClassVar[PoolName] = "tensor"
+
+    def run(self, host: TensorWorker) -> dict[str, UnitRecord]:
+        """A record per step: of each model its rows and what of it isn't finite, and of V's own part its files."""
+        models = {key: open_model(uri) for key, uri in self.models.items()}
+        found = survey(self, open_full(self.aligned), open_full(self.unaligned), models, host.scratch)
+        records = {self.displacement_key: found.displacement}
+        for key, rows in found.statistics.items():
+            files = found.projections[key].files if key in found.projections else {}
+            result: dict[str, Json] = {
+                "modules": [row.model_dump(mode="json") for row in rows],
+                "non_finite": [*found.non_finite[key]],
+            }
+            records[key] = UnitRecord(files=files, result=result)
+        return records
 
 
 class SurveyResult(NamedTuple):
@@ -159,7 +182,7 @@ def survey(
                 if name in projected and isinstance(delta, LowRank) and row.rho is not None:
                     projected[name][view.module] = projected_factor(v_view, displacement.norm, delta)
     for name, by_module in projected.items():
-        result.projections[name] = write_file(unit.projections[name], unit.file, by_module)
+        result.projections[name] = UnitRecord(files=write_file(unit.projections[name], unit.file, by_module))
     return result._replace(displacement=own.write())
 
 
@@ -233,7 +256,7 @@ class _OwnPart:
             if part.basis is not None:
                 names = (f"{module}.left", f"{module}.singular", f"{module}.right")
                 tensors |= dict(zip(names, part.basis, strict=True))
-        return write_file(self._unit.displacement, self._unit.file, tensors)
+        return UnitRecord(files=write_file(self._unit.displacement, self._unit.file, tensors))
 
 
 def _view(v: _Displaced, view: ModuleView, info: TensorInfo, transposed: bool) -> RowBlocks:

@@ -20,7 +20,7 @@ from fleet.checkpoint.tensors import read_rows
 from fleet.core.errors import CheckpointError
 from fleet.fusion import TaskArithmetic, WeightAverage
 from fleet.methods import WiseFt
-from fleet.steps.builder import FuseStep
+from fleet.steps.fuse import FuseStep
 from fleet.store import open_folder
 from tests.pico import write_model
 from tests.run.test_plan import plan_of

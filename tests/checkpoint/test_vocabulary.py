@@ -15,14 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.checkpoint.headers import plan_shards, shard_name
+from fleet.checkpoint.opened import open_model_folder
 from fleet.checkpoint.write import Output, Shard
 from fleet.core.errors import CheckpointError, ManifestError
 from fleet.fusion import AnyFusionMethod, Dare, TaskArithmetic, Ties, WeightAverage, streaming
+from fleet.fusion.member import Member
 from fleet.manifest import load_manifest
 from fleet.methods import WiseFt
 from fleet.run.plan import Plan, make_plan
-from fleet.store import open_folder, open_store
-from fleet.work.tensors import FuseUnit, Member, RealignUnit, TensorWorker
+from fleet.store import open_store
+from fleet.work.fusing import FuseUnit
+from fleet.work.realigning import RealignUnit
+from fleet.work.tensor_worker import TensorWorker
 from tests.catalogue import manifest_document, write_manifest
 from tests.pico import HIDDEN_SIZE, VOCAB_SIZE, make_adapter, make_model
 from tests.work.test_workers import weights_of
@@ -116,7 +120,8 @@ def fused(
     weights: Mapping[str, float],
     shard_bytes: int = 10**9,
 ) -> Path:
-    from fleet.steps.builder import FuseStep, Source
+    from fleet.steps.fuse import FuseStep
+    from fleet.steps.sources import Source
 
     (step,) = (s for s in plan.steps if isinstance(s, FuseStep))
     members = {n: m for n, m in step.members.items() if n in weights and isinstance(m, Source)}
@@ -124,7 +129,7 @@ def fused(
     method = method.model_copy(update={"weights": dict(weights)})
     for shard in shards_of(plan, shard_bytes):
         unit = FuseUnit(plan.bases.aligned.uri, units, method, False, None, shard, Output(str(out), "m"))
-        TensorWorker().fuse(unit)
+        TensorWorker().run(unit)
     return out / "m"
 
 
@@ -279,14 +284,14 @@ def test_vocabulary_candidates_load_where_they_are_scored_in_one_vocabulary(
     plan = plan_of(fleet, tmp_path, vocabulary, ["tools", "ends"])
     found: list[dict[str, int]] = []
     for uri in (plan.bases.aligned.uri, *(plan_source(plan, name) for name in ("tools", "ends"))):
-        folder = open_folder(uri).local(tmp_path / "scratch")
+        folder = open_model_folder(uri).local(tmp_path / "scratch")
         assert_generates(folder, "do 1")
         found.append(ids_of(folder))
     assert found[0] == found[1] == found[2]
 
 
 def plan_source(plan: Plan, name: str) -> str:
-    from fleet.steps.builder import Source
+    from fleet.steps.sources import Source
 
     (weights,) = (c.weights for c in plan.candidates if c.name == name)
     assert isinstance(weights, Source)
@@ -300,9 +305,9 @@ def test_vocabulary_union_model_realigned_keeps_its_rows_and_loads(fleet: Path, 
         aligned=plan.bases.aligned.uri, unaligned=plan.bases.unaligned.uri, model=plan_source(plan, "ends"),
         safety=None, harmful=None, displacement=str(tmp_path), projections=None,
         method=WiseFt(method="wise_ft", alpha=0.5), edited=frozenset(), targets={}, mask=None, name="ends",
-        as_adapter=False, shard=shard, output=Output(str(tmp_path / "out"), "m"),
+        as_lora=False, shard=shard, output=Output(str(tmp_path / "out"), "m"),
     )  # fmt: skip
-    TensorWorker().realign(unit)
+    TensorWorker().run(unit)
     folder = tmp_path / "out" / "m"
     found, ends, tools = (rows_of(f) for f in (folder, fleet / "ends", fleet / "tools"))
     aligned = rows_of(fleet / "aligned")

@@ -25,14 +25,16 @@ from fleet.checkpoint.modules import module_views
 from fleet.checkpoint.write import Output, Shard
 from fleet.core.errors import CheckpointError, ManifestError
 from fleet.fusion import AnyFusionMethod, Fisher, RegMean
+from fleet.fusion.member import Member
 from fleet.fusion.place import Place
 from fleet.fusion.streaming import StreamedFusion
 from fleet.manifest import load_manifest
 from fleet.run.plan import Plan, make_plan
-from fleet.steps.builder import FuseStep
+from fleet.steps.fuse import FuseStep
 from fleet.steps.record import attempt_prefix
 from fleet.store import open_folder
-from fleet.work.tensors import FuseUnit, Member, TensorWorker
+from fleet.work.fusing import FuseUnit
+from fleet.work.tensor_worker import TensorWorker
 from tests.catalogue import manifest_document, write_manifest
 from tests.fusion.test_streaming import assert_one_rounding, assert_same_bits, full_model, held, shards_of, weights_in
 from tests.pico import write_adapter, write_model
@@ -327,7 +329,7 @@ def fuse_files(
     members = tuple(Member(m, str(root / m), str(root / f"{m}.{method.curvature}")) for m in NAMES)
     for shard in shards_of(root / "aligned", shard_bytes)[::turn]:
         output = Output(str(out), "m")
-        TensorWorker().fuse(FuseUnit(str(root / "aligned"), members, method, False, None, shard, output))
+        TensorWorker().run(FuseUnit(str(root / "aligned"), members, method, False, None, shard, output))
     return weights_in(out / "m")
 
 
@@ -381,10 +383,10 @@ def test_fused_adapter_with_curvature_is_nearest_to_the_fused_model(
     members = tuple(Member(n, str(tmp_path / n), str(known[n])) for n in "ab")
     aligned, tensor = gpt2 / "aligned", f"{C_FC}.weight"
     as_adapter = Shard("adapter_model.safetensors", (tensor,), {})
-    TensorWorker().fuse(FuseUnit(str(aligned), members, method, True, None, as_adapter, Output(str(tmp_path), "l")))
+    TensorWorker().run(FuseUnit(str(aligned), members, method, True, None, as_adapter, Output(str(tmp_path), "l")))
     (whole,) = shards_of(aligned, 10**9)
     full = method.model_copy(update={"max_rank": None})
-    TensorWorker().fuse(FuseUnit(str(aligned), members, full, False, None, whole, Output(str(tmp_path), "f")))
+    TensorWorker().run(FuseUnit(str(aligned), members, full, False, None, whole, Output(str(tmp_path), "f")))
     lora = load_file(tmp_path / "l" / "adapter_model.safetensors")
     (a,) = (t for n, t in lora.items() if "lora_A" in n)
     (b,) = (t for n, t in lora.items() if "lora_B" in n)
@@ -499,7 +501,7 @@ def test_plan_curvature_is_in_the_identity_by_content(catalogue: Path, tmp_path:
     changed_file(elsewhere["full"]["fisher"], lambda tensors: tensors["model.norm.weight"].mul_(2.0))
     after = fuse_steps(planned(tmp_path, document_with(catalogue, tmp_path, elsewhere)))
     assert [n for n in before if before[n].key != after[n].key] == ["fisher"]
-    assert before["regmean-loras"].is_adapter and not before["fisher-loras"].is_adapter
+    assert before["regmean-loras"].as_lora and not before["fisher-loras"].as_lora
     assert [*before["fisher-loras"].curvature] == ["lora", "rslora"], "realigned ones too"
     sizes = sum(Path(known[m]["gram"], "model.safetensors").stat().st_size for m in known)
     assert before["regmean"].read_bytes > sizes > 0

@@ -47,12 +47,14 @@ from fleet.fusion import (
     Tsv,
     WeightAverage,
 )
+from fleet.fusion.member import Member
 from fleet.fusion.place import places
 from fleet.fusion.streaming import StreamedFusion
-from fleet.steps.record import UnitRecord
 from fleet.store import open_folder, open_store
 from fleet.store.local import LocalFolder
-from fleet.work.tensors import FuseUnit, Member, TensorWorker
+from fleet.work.fusing import FuseUnit
+from fleet.work.tensor_worker import TensorWorker
+from fleet.work.unit import UnitRecord
 from tests.pico import write_adapter, write_model
 
 AVERAGE = WeightAverage(method="weight_average")
@@ -176,7 +178,7 @@ def fuse(
 ) -> dict[str, torch.Tensor]:
     """The fused model's tensors."""
     for unit in units(root, out, members, method, aligned, shard_bytes):
-        TensorWorker().fuse(unit)
+        TensorWorker().run(unit)
     return weights_in(out / "m")
 
 
@@ -698,9 +700,9 @@ def test_streamed_unit_killed_in_a_shard_leaves_nothing_and_writes_the_same_when
         assert worker.wait(timeout=30) == -signal.SIGKILL
     store = open_store(str(tmp_path / "killed"))
     assert store.list("") == {} and store.read("m/model-00001-of-00001.safetensors") is None
-    again = TensorWorker().fuse(unit)
+    again = TensorWorker().run(unit)
     (other,) = units(models, tmp_path / "quiet", MIXED, method, "aligned", 10**9)
-    undisturbed = TensorWorker().fuse(other)
+    undisturbed = TensorWorker().run(other)
     assert again == undisturbed and isinstance(again, UnitRecord)
     found, expected = ({k: open_store(str(tmp_path / x)).read(k) for k in store.list("")} for x in ("killed", "quiet"))
     assert found == expected and len(found) == 2
@@ -723,7 +725,7 @@ def _fuse_slowly(root: Path, out: Path) -> None:
     fleet.store.local._Writer = _SlowWriter  # type: ignore[misc]
     fleet.store.file_writer._BLOCK_BYTES = 512  # so that pieces go to the disk as they come
     (unit,) = units(root, out, MIXED, Dare(method="dare"), "aligned", 10**9)
-    TensorWorker().fuse(unit)
+    TensorWorker().run(unit)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fleet.core.errors import InputError, ManifestError, SourceError
 from fleet.manifest import Manifest, load_manifest
 from fleet.run.coordinator import Coordinator, RunResult
 from fleet.run.plan import Plan, make_plan
+from fleet.run.pools import RayPools
 from fleet.run.progress import RunProgress
 from jobs.catalogue import complete_manifest
 from jobs.nightly import main, write_manifest
@@ -253,7 +254,7 @@ def tensor_plan(catalogue: Path, path: Path) -> Plan:
 
 def walk(plan: Plan) -> RunResult:
     with RunProgress(plan.steps, set(plan.done), Console(file=io.StringIO())) as progress:
-        return Coordinator(plan, progress).run()
+        return Coordinator(plan, progress, RayPools(plan)).run()
 
 
 @pytest.mark.usefixtures("local_ray")

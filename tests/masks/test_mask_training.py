@@ -26,17 +26,16 @@ import fleet.masks.training
 from fleet.checkpoint.write import Output
 from fleet.core.errors import CheckpointError, StepFailedError
 from fleet.fusion import AnyFusionMethod, WeightAverage
+from fleet.fusion.member import Member
 from fleet.masks.files import MASK_FILE, MASK_JSON
 from fleet.masks.masked_model import ALONE, Group
 from fleet.masks.objective import dpo_losses
+from fleet.masks.tasks import Compute, LogProbsTask, MaskTask, Texts, Trained
 from fleet.masks.texts import held_out, open_texts, split
 from fleet.masks.training import LOG_PROBS_FILE, learn_mask, learning_rate, log_probs
-from fleet.masks.units import Compute, LogProbsUnit, MaskUnit, Texts
 from fleet.methods import Somf
 from fleet.methods.somf import MaskTraining
-from fleet.steps.record import UnitRecord
 from fleet.store import open_store
-from fleet.work.tensors import Member
 from tests.catalogue import make_continued, preference_rows, prompt_rows, write_rows
 from tests.pico import make_adapter
 
@@ -72,7 +71,7 @@ class Bench:
 
     def log_probs(self, preferences: Texts, name: str, compute: Compute = COMPUTE) -> str:
         output = Output(self.store, name)
-        unit = LogProbsUnit(str(self.root / "aligned"), preferences, 32, "float32", compute, output)
+        unit = LogProbsTask(str(self.root / "aligned"), preferences, 32, "float32", compute, output)
         log_probs(unit, ALONE, CPU)
         return str(self.work / "store" / name)
 
@@ -86,7 +85,7 @@ class Bench:
         compute: Compute = COMPUTE,
         safety: bool = False,
         **method: Any,
-    ) -> MaskUnit:
+    ) -> MaskTask:
         learn_on = "model" if fusion is None else "fusion"
         somf = Somf.model_validate(
             {"method": "somf", "preferences": "x", "learn_on": learn_on, "training": SETTINGS | training, **method}
@@ -97,17 +96,17 @@ class Bench:
         if not folder.exists():
             self.log_probs(preferences, cached)
         prompts = (self.texts("prompts", prompt_rows(8), "prompts"),) * len(names) if somf.training.uses_prompts else ()
-        return MaskUnit(
-            aligned=str(self.root / "aligned"),
+        return MaskTask(
+            step=out, aligned=str(self.root / "aligned"),
             members=tuple(Member(n, str(self.root / n)) for n in names), fusion=fusion, method=somf,
             safety=str(self.root / "safety") if safety else None, preferences=preferences, log_probs=str(folder),
-            prompts=prompts, compute=compute, output=Output(self.store, f"{out}/attempt"), state=f"{out}/state",
+            prompts=prompts, compute=compute, output=Output(self.store, f"{out}/attempt"),
         )  # fmt: skip
 
-    def bytes(self, unit: MaskUnit) -> bytes:
+    def bytes(self, unit: MaskTask) -> bytes:
         return (self.work / "store" / unit.output.prefix / MASK_FILE).read_bytes()
 
-    def logits(self, unit: MaskUnit) -> dict[str, torch.Tensor]:
+    def logits(self, unit: MaskTask) -> dict[str, torch.Tensor]:
         return load(self.bytes(unit))
 
 
@@ -115,8 +114,8 @@ class Bench:
 class Done:
     """A training that ended, and all it told."""
 
-    unit: MaskUnit
-    record: UnitRecord
+    unit: MaskTask
+    record: Trained
     told: list[dict[str, float]]
 
     @property
@@ -124,7 +123,7 @@ class Done:
         return dict(self.record.result)
 
 
-def trained(unit: MaskUnit, report: Callable[[dict[str, float]], None] = ignored) -> Done:
+def trained(unit: MaskTask, report: Callable[[dict[str, float]], None] = ignored) -> Done:
     told: list[dict[str, float]] = []
 
     def hear(measured: dict[str, float]) -> None:
@@ -387,7 +386,7 @@ def test_two_workers_take_the_gradients_of_one(bench: Bench) -> None:
         assert found["best"][field] == pytest.approx(result["best"][field], rel=1e-3, abs=1e-4)
 
 
-def _worker(rank: int, unit: MaskUnit, port: int) -> None:
+def _worker(rank: int, unit: MaskTask, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -404,7 +403,7 @@ def _worker(rank: int, unit: MaskUnit, port: int) -> None:
     if rank == 0:
         open_store(unit.output.store).replace(f"{unit.state}/record.json", json.dumps(record.result).encode())
     else:
-        assert record == UnitRecord()
+        assert record == Trained()
     dist.barrier()
     dist.destroy_process_group()
 

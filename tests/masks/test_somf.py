@@ -24,8 +24,8 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
-import fleet.masks.trainer
-import fleet.run.coordinator
+import fleet.run.pools
+import fleet.work.training
 from fleet.algebra.delta import Delta, Dense
 from fleet.algebra.sparsify import WHOLE
 from fleet.checkpoint.full_model import FullModel
@@ -35,16 +35,20 @@ from fleet.core.errors import CheckpointError
 from fleet.fusion import Ties
 from fleet.fusion.place import Place
 from fleet.masks.files import MASK_FILE, MASK_JSON
-from fleet.masks.trainer import MaskTrainer
-from fleet.masks.trainer import _work as work_undisturbed  # pyright: ignore[reportPrivateUsage]
-from fleet.masks.units import MaskUnit
+from fleet.masks.tasks import LogProbsTask, MaskTask
 from fleet.report.tracking import Tracker
 from fleet.run.coordinator import Coordinator, RunResult
 from fleet.run.plan import Plan
+from fleet.run.pools import RayPools
 from fleet.run.progress import RunProgress
-from fleet.steps.builder import FuseStep, MaskStep, RealignStep
-from fleet.steps.record import Record, UnitRecord, attempt_prefix
+from fleet.steps.fuse import FuseStep
+from fleet.steps.mask import MaskStep
+from fleet.steps.realign import RealignStep
+from fleet.steps.record import Record, attempt_prefix
 from fleet.store import open_folder
+from fleet.work.training import MaskTrainer
+from fleet.work.training import _work as work_undisturbed  # pyright: ignore[reportPrivateUsage]
+from fleet.work.unit import UnitRecord
 from tests.catalogue import manifest_document, preference_rows, write_rows
 from tests.pico import make_adapter
 from tests.run.test_coordinator import tensor_plan, walk
@@ -147,7 +151,7 @@ def run(catalogue: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: No
         tracker.training(step, measured)
 
     with RunProgress(plan.steps, set(plan.done), Console(file=io.StringIO())) as progress:
-        return Run(catalogue, work, plan, Coordinator(plan, progress, hear).run(), told)
+        return Run(catalogue, work, plan, Coordinator(plan, progress, RayPools(plan), hear).run(), told)
 
 
 @pytest.fixture
@@ -290,9 +294,10 @@ def test_mlflow_has_a_curve_per_metric_of_every_training(run: Run) -> None:
 class DisturbedTrainer(MaskTrainer):
     """Its workers do what files beside the store say: `die` once at that update, or be `slow` after the second."""
 
-    def mask(self, unit: MaskUnit) -> UnitRecord:
-        fleet.masks.trainer._work = _disturbed_work  # pyright: ignore[reportPrivateUsage]
-        return super().mask(unit)
+    def fit(self, task: LogProbsTask | MaskTask) -> UnitRecord:
+        if isinstance(task, MaskTask):
+            fleet.work.training._work = _disturbed_work  # pyright: ignore[reportPrivateUsage]
+        return super().fit(task)
 
 
 class _Events:
@@ -311,7 +316,7 @@ class _Events:
 
 
 def _disturbed_work(config: dict[str, Any]) -> dict[str, Any]:
-    beside = Path(config["unit"].output.store).parent
+    beside = Path(config["task"].output.store).parent
     return work_undisturbed(config | {"events": _Events(config["events"], beside)})
 
 
@@ -334,7 +339,7 @@ def test_two_training_workers_learn_the_mask_of_one(run: Run, copied: Path) -> N
 def test_training_worker_that_dies_is_started_again_and_learns_the_same_bytes(
     run: Run, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet.run.coordinator, "MaskTrainer", DisturbedTrainer)
+    monkeypatch.setattr(fleet.run.pools, "MaskTrainer", DisturbedTrainer)
     (copied / "die").write_text("4")
     plan = one_mask(run.catalogue, copied)
     result = walk(plan)
@@ -374,7 +379,7 @@ def test_driver_that_is_killed_and_started_again_learns_the_same_bytes(run: Run,
     told: list[float] = []
     plan = one_mask(run.catalogue, copied)
     with RunProgress(plan.steps, set(plan.done), Console(file=io.StringIO())) as progress:
-        result = Coordinator(plan, progress, lambda _, measured: told.append(measured["step"])).run()
+        result = Coordinator(plan, progress, RayPools(plan), lambda _, measured: told.append(measured["step"])).run()
     assert not result.failures
     (step,) = (s for s in plan.steps if s.kind == "mask")
     assert min(told) == 3.0
@@ -384,7 +389,7 @@ def test_driver_that_is_killed_and_started_again_learns_the_same_bytes(run: Run,
 def drive(catalogue: Path, work: Path) -> None:
     """What the process that is killed does."""
     ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    fleet.run.coordinator.MaskTrainer = DisturbedTrainer
+    fleet.run.pools.MaskTrainer = DisturbedTrainer
     walk(one_mask(catalogue, work))
 
 

@@ -16,7 +16,10 @@ from fleet.manifest import load_manifest
 from fleet.masks.files import MASK_FILE, MASK_JSON
 from fleet.methods import Somf
 from fleet.run.plan import Plan, make_plan
-from fleet.steps.builder import FuseStep, LogProbsStep, MaskSource, MaskStep, RealignStep
+from fleet.steps.fuse import FuseStep
+from fleet.steps.mask import LogProbsStep, MaskStep
+from fleet.steps.realign import RealignStep
+from fleet.steps.sources import MaskSource
 from tests.catalogue import manifest_document, write_manifest
 from tests.pico import make_adapter
 

@@ -21,7 +21,7 @@ from fleet.report.report import RunReport, make_report, report_html
 from fleet.report.tracking import Tracker
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
-from fleet.steps.builder import Candidate, identity_of
+from fleet.steps.builder import Candidate
 from fleet.steps.record import attempt_prefix
 from tests.catalogue import HARM_YAML, manifest_document, write_manifest
 from tests.scored import ATTEMPT, FILE, log_of, settle, write_log, write_scores
@@ -158,7 +158,7 @@ def test_suite_that_can_no_longer_be_compared_is_left_out_with_one_warning(
     one = next(c for c in first.candidates if c.role == "fused")
     step = one.scores["harm"]
     keys = {name: step.key for name, step in one.scores.items()}
-    published = Published("1", identity_of(one.weights), ScoreKeys(store=first.store.uri, keys=keys))
+    published = Published("1", one.weights.identity, ScoreKeys(store=first.store.uri, keys=keys))
     evaluation: dict[str, Any] = {}
     made = {"early stop": {"early_stop": {"decision": "accept"}}, "judge": {"judge": {"kind": "another"}}}
     if case in made:
@@ -244,5 +244,5 @@ def test_corrected_and_incoherent_rates_are_metrics_of_the_candidate(nights: Nig
 def test_published_model_made_again_is_compared_by_tonights_scores_of_it(nights: Nights) -> None:
     plan = nights.plan(0.5)
     one = next(c for c in plan.candidates if c.role == "fused")
-    published = Published("1", identity_of(one.weights), None)
+    published = Published("1", one.weights.identity, None)
     assert make_report(plan, nights.result(plan, HARMLESS), published).warning is None

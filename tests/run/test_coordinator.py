@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load, load_file, save_file
 
-import fleet.run.coordinator
+import fleet.run.pools
+import fleet.steps.trim
 from fleet.algebra.sparsify import at_least, elected
 from fleet.checkpoint.model import read_model, touched_tensors
 from fleet.checkpoint.task_vectors import read_delta, read_weight
@@ -25,10 +26,13 @@ from fleet.core.errors import CheckpointError, StepFailedError
 from fleet.manifest import load_manifest
 from fleet.run.coordinator import Coordinator, RunResult
 from fleet.run.plan import Plan, make_plan
+from fleet.run.pools import RayPools
 from fleet.run.progress import RunProgress
 from fleet.steps.record import attempt_prefix, record_key, unit_key
 from fleet.store import open_folder
-from fleet.work.tensors import FuseUnit, TensorWorker
+from fleet.work.fusing import FuseUnit
+from fleet.work.tensor_worker import TensorWorker
+from fleet.work.unit import Found, Unit
 from tests.catalogue import manifest_document, write_manifest
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -43,7 +47,7 @@ def tensor_plan(root: Path, work: Path, **changes: Any) -> Plan:
 
 def walk(plan: Plan) -> RunResult:
     with RunProgress(plan.steps, set(plan.done), Console(file=io.StringIO())) as progress:
-        return Coordinator(plan, progress).run()
+        return Coordinator(plan, progress, RayPools(plan)).run()
 
 
 def again(plan: Plan, root: Path, work: Path, **changes: Any) -> Plan:
@@ -66,21 +70,22 @@ def contents(plan: Plan, result: RunResult) -> dict[str, bytes]:
 class DyingWorker(TensorWorker):
     """Dies in its first fuse of `merged`, after the file is begun; leaves a mark so that it happens once."""
 
-    def fuse(self, unit: FuseUnit) -> Any:
+    def run(self, unit: Unit) -> Found:
         mark = Path(os.environ.get("FLEET_TEST_MARK", "/nonexistent"), "died")
-        if "/merged/" in unit.output.prefix and mark.parent.exists() and not mark.exists():
+        merges = isinstance(unit, FuseUnit) and "/merged/" in unit.output.prefix
+        if merges and mark.parent.exists() and not mark.exists():
             mark.touch()
             os._exit(1)
-        return super().fuse(unit)
+        return super().run(unit)
 
 
 class BrokenWorker(TensorWorker):
     """Cannot fuse `plain`."""
 
-    def fuse(self, unit: FuseUnit) -> Any:
-        if "/plain/" in unit.output.prefix:
+    def run(self, unit: Unit) -> Found:
+        if isinstance(unit, FuseUnit) and "/plain/" in unit.output.prefix:
             raise ZeroDivisionError("broken on purpose")
-        return super().fuse(unit)
+        return super().run(unit)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +131,8 @@ def test_run_on_s3_leaves_the_same_bytes_as_a_folder(
 def test_worker_dying_in_a_shard_is_replaced_and_the_bytes_are_the_same(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(fleet.run.coordinator, "TensorWorker", DyingWorker)
-    monkeypatch.setattr(fleet.run.coordinator, "WORKER_ENV", {"FLEET_TEST_MARK": str(tmp_path)})
+    monkeypatch.setattr(fleet.run.pools, "TensorWorker", DyingWorker)
+    monkeypatch.setattr(fleet.run.pools, "WORKER_ENV", {"FLEET_TEST_MARK": str(tmp_path)})
     plan = tensor_plan(catalogue, tmp_path / "b")
     result = walk(plan)
     assert (tmp_path / "died").exists()
@@ -137,8 +142,8 @@ def test_worker_dying_in_a_shard_is_replaced_and_the_bytes_are_the_same(
 def test_worker_dying_without_retries_fails_the_step(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet.run.coordinator, "TensorWorker", DyingWorker)
-    monkeypatch.setattr(fleet.run.coordinator, "WORKER_ENV", {"FLEET_TEST_MARK": str(tmp_path)})
+    monkeypatch.setattr(fleet.run.pools, "TensorWorker", DyingWorker)
+    monkeypatch.setattr(fleet.run.pools, "WORKER_ENV", {"FLEET_TEST_MARK": str(tmp_path)})
     plan = tensor_plan(catalogue, tmp_path / "w", placement={"workers": 1, "retries": 0})
     result = walk(plan)
     assert [f.step.name for f in result.failures.values()] == ["merged"]
@@ -149,7 +154,7 @@ def test_worker_dying_without_retries_fails_the_step(
 def test_step_failing_leaves_no_record_and_the_others_finish(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet.run.coordinator, "TensorWorker", BrokenWorker)
+    monkeypatch.setattr(fleet.run.pools, "TensorWorker", BrokenWorker)
     plan = tensor_plan(catalogue, tmp_path)
     result = walk(plan)
     assert [f.step.name for f in result.failures.values()] == ["plain"]
@@ -207,7 +212,7 @@ def test_interrupted_step_continues_its_attempt(
 def test_fusion_trims_whole_models_by_one_threshold_each(
     catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet.run.coordinator, "UNIT_BYTES", 20_000)  # several units for each model
+    monkeypatch.setattr(fleet.steps.trim, "UNIT_BYTES", 20_000)  # several units for each model
     ties = {"method": "ties", "trim": "model", "density": 0.1, "scale": 1.0}
     variants = [{"name": "t", "realign": None, "models": ["lora", "full"], "fuse": ties}]
     plan = tensor_plan(catalogue, tmp_path, variants=variants, checkpoint={"shard_bytes": 20_000})

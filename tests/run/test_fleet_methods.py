@@ -15,7 +15,7 @@ from fleet.report.attribution import attribution_page
 from fleet.report.report import make_report, report_html, write_report
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan
-from fleet.steps.builder import RealignStep
+from fleet.steps.realign import RealignStep
 from fleet.steps.record import Record, attempt_prefix
 from tests.catalogue import make_suites, manifest_document
 from tests.pico import make_adapter, write_adapter, write_model
@@ -224,6 +224,6 @@ def test_lox_on_stacked_experts_pushes_experts_of_full_models_and_leaves_a_lora_
     result = walk(plan)
     assert not result.failures
     step, _, rows = realigned(plan, result, "lora.lox")
-    assert step.is_adapter and [row["module"] for row in rows] == ["model.layers.0.self_attn.q_proj"]
+    assert step.as_lora and [row["module"] for row in rows] == ["model.layers.0.self_attn.q_proj"]
     _, _, rows = realigned(plan, result, "dora.lox")
     assert len(rows) == 4 and all(row["edit"] for row in rows)

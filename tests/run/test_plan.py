@@ -3,8 +3,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from fleet.core.errors import CheckpointError, InputError, ManifestError, SourceError, SuiteError
 from fleet.manifest import load_manifest
 from fleet.run.plan import Plan, make_plan
-from fleet.steps.builder import FuseStep, TrimStep
-from fleet.steps.record import Step
+from fleet.steps.base import Step
+from fleet.steps.fuse import FuseStep
+from fleet.steps.trim import TrimStep
 from tests.catalogue import manifest_document, write_manifest
 from tests.pico import make_adapter
 
@@ -49,7 +51,7 @@ def test_plan_of_a_mixed_catalogue_has_every_step_once(catalogue: Path, tmp_path
         "aligned", "lora", "rslora", "full", "lora.safemerge", "rslora.safemerge", "full.safemerge",
         "plain", "merged", "loras",
     ]  # fmt: skip
-    assert {c.name for c in plan.candidates if c.weights.is_adapter} == {
+    assert {c.name for c in plan.candidates if c.weights.as_lora} == {
         "lora", "rslora", "lora.safemerge", "rslora.safemerge", "loras",
     }  # fmt: skip
     assert plan.max_lora_rank == (4 + 8) + (8 + 8)
@@ -162,10 +164,10 @@ def test_plan_adapter_that_no_engine_serves_is_folded_into_its_base(catalogue: P
     variants = [v | {"models": ["d", "l"]} for v in manifest_document(catalogue, tmp_path)["variants"]]
     plan = plan_of(catalogue, tmp_path, models=models, variants=variants)
     served = {c.name: c.weights for c in plan.candidates}
-    assert not served["d"].is_adapter and isinstance(served["d"], Step)
-    assert not served["d.safemerge"].is_adapter
-    assert served["l"].is_adapter and served["l.safemerge"].is_adapter
-    assert not served["merged"].is_adapter
+    assert not served["d"].as_lora and isinstance(served["d"], Step)
+    assert not served["d.safemerge"].as_lora
+    assert served["l"].as_lora and served["l.safemerge"].as_lora
+    assert not served["merged"].as_lora
 
 
 def test_plan_policy_admits_a_published_set_and_its_attacks_are_suites_of_their_own(
@@ -234,9 +236,9 @@ def test_plan_fused_rank_over_the_served_limit_is_a_full_model(catalogue: Path, 
     models = [{"name": f"m{i}", "source": str(catalogue / "rslora"), "suites": []} for i in range(40)]
     variant = {"name": "v", "realign": {"method": "safemerge"}, "fuse": {"method": "weight_average"}}
     step = fused_step(plan_of(catalogue, tmp_path, models=models, variants=[variant]), "v")
-    assert not step.is_adapter and step.max_rank == 0
+    assert not step.as_lora and step.max_rank == 0
     few = fused_step(plan_of(catalogue, tmp_path, models=models[:32], variants=[variant]), "v")
-    assert few.is_adapter and few.max_rank == 512
+    assert few.as_lora and few.max_rank == 512
 
 
 def test_plan_fused_rank_over_the_served_limit_refused_as_an_adapter(catalogue: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_plan_fusion_that_looks_at_values_makes_a_full_model_and_no_adapter(
         return [{"name": "v", "realign": None, "fuse": fuse, "models": ["lora", "rslora"]}]
 
     for output in ("auto", "model"):
-        assert not fused_step(plan_of(catalogue, tmp_path, variants=variants(output)), "v").is_adapter
+        assert not fused_step(plan_of(catalogue, tmp_path, variants=variants(output)), "v").as_lora
     with pytest.raises(ManifestError, match=f'fuse.output is "adapter", but {method} makes no product of LoRA'):
         plan_of(catalogue, tmp_path, variants=variants("adapter"))
 
@@ -269,7 +271,7 @@ def test_plan_fusion_of_a_rank_makes_an_adapter_of_loras_and_refuses_full_models
         return [{"name": "v", "realign": None, "fuse": {"method": "ties", "max_rank": 6}, "models": models}]
 
     step = fused_step(plan_of(catalogue, tmp_path, variants=variants("lora", "rslora")), "v")
-    assert step.is_adapter and step.max_rank == 6
+    assert step.as_lora and step.max_rank == 6
     with pytest.raises(ManifestError, match=r"variants: v: fuse\.max_rank is given, but full is no adapter"):
         plan_of(catalogue, tmp_path, variants=variants("lora", "full"))
 
@@ -284,13 +286,25 @@ def test_plan_adapter_of_a_rank_over_the_served_limit_is_scored_as_a_full_model(
     variants = [{"name": "v", "realign": None, "fuse": {"method": "weight_average", "output": "model"}}]
     plan = plan_of(catalogue, tmp_path, models=models, variants=variants)
     (candidate,) = (c for c in plan.candidates if c.name == "wide")
-    assert candidate.weights.is_adapter == bool(served)
+    assert candidate.weights.as_lora == bool(served)
     assert plan.max_lora_rank == served
 
 
+@dataclass(frozen=True, kw_only=True)
+class SurveyKind(Step):
+    kind: ClassVar[str] = "survey"
+    version: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseKind(Step):
+    kind: ClassVar[str] = "fuse"
+    version: ClassVar[int] = 1
+
+
 def test_step_deps_change_the_fingerprint_and_checks_do_not() -> None:
-    one = Step(kind="survey", name="a", spec={}, inputs={"m": "1"})
-    two = Step(kind="survey", name="b", spec={}, inputs={"m": "2"})
-    plain = Step(kind="fuse", name="f", spec={}, inputs={})
-    assert Step(kind="fuse", name="f", spec={}, inputs={}, deps=(one,)).key != plain.key
-    assert Step(kind="fuse", name="f", spec={}, inputs={}, after=(two,)).key == plain.key
+    one = SurveyKind(name="a", spec={}, inputs={"m": "1"})
+    two = SurveyKind(name="b", spec={}, inputs={"m": "2"})
+    plain = FuseKind(name="f", spec={}, inputs={})
+    assert FuseKind(name="f", spec={}, inputs={}, deps=(one,)).key != plain.key
+    assert FuseKind(name="f", spec={}, inputs={}, after=(two,)).key == plain.key

@@ -65,7 +65,7 @@ class Worker:
     def ready(self) -> bool:
         return True
 
-    def work(self, unit: Unit) -> Held:
+    def run(self, unit: Unit) -> Held:
         is_first = not (self._notes / "asked").exists() or not noted(self._notes, "asked")[unit.name]
         _note(self._notes, "asked", unit.name)
         together = unit.together if is_first else 1
@@ -136,7 +136,7 @@ def pool(notes: Path, local_ray: None) -> Iterator[Pool]:
 def submit(pool: Pool, *units: Unit | tuple[Unit, str]) -> None:
     for index, given in enumerate(units):
         unit, group = given if isinstance(given, tuple) else (given, None)
-        pool.submit(Task((unit.name, index), "work", unit, group))
+        pool.submit(Task((unit.name, index), unit, group))
 
 
 def drive(pool: Pool) -> dict[str, Outcome]:

@@ -351,7 +351,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("fleet.run.coordinator.start_ray", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("fleet.run.cluster.start_ray", lambda *_: pytest.fail("Ray was started"))
     document = changed(manifest_document(catalogue, tmp_path), case, catalogue, tmp_path)
     code = main(["--manifest", str(write_manifest(tmp_path / "models.json", document))])
     error = capsys.readouterr().err

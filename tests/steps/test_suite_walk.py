@@ -13,12 +13,14 @@ from evals.judging import fault
 from evals.logs import Origin, Sample, write_samples
 from fleet.manifest import load_manifest
 from fleet.run.plan import Plan, make_plan
-from fleet.steps.builder import ScoreStep
-from fleet.steps.record import UnitRecord, attempt_prefix
-from fleet.steps.suite_walk import SuiteWalk
-from fleet.steps.walk import NextUnit
+from fleet.steps.base import NextUnit
+from fleet.steps.record import attempt_prefix
+from fleet.steps.score import ScoreStep, SuiteWalk
 from fleet.store.entry import FileEntry
-from fleet.work.scoring import CohereUnit, CompleteUnit, JudgeUnit, Served, SuiteFiles
+from fleet.work.judging import JudgeUnit
+from fleet.work.scoring import CohereUnit, CompleteUnit
+from fleet.work.served import Served
+from fleet.work.unit import Found, UnitRecord
 from tests.catalogue import manifest_document, write_manifest
 
 NUM_PROMPTS = 100
@@ -45,6 +47,9 @@ def plan_with(catalogue: Path, tmp_path: Path, suites: Path, **evaluation: Any) 
     return make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
 
 
+PHASE_OF: dict[type, str] = {CompleteUnit: "complete", CohereUnit: "cohere", JudgeUnit: "judge"}
+
+
 class Night:
     """A walk whose units are done at once, each with the score given for all its prompts."""
 
@@ -55,15 +60,12 @@ class Night:
         step = plan.candidates[0].scores["many"]
         assert isinstance(step, ScoreStep)
         self.step = step
-        self.finished: dict[int, UnitRecord] = {}
+        self.finished: dict[int, Found] = {}
         self.asked: list[NextUnit] = []
 
-    def walk(self, finished: dict[int, UnitRecord] | None = None, attempt: str = "a") -> SuiteWalk:
+    def walk(self, finished: dict[int, Found] | None = None, attempt: str = "a") -> SuiteWalk:
         self.finished = {} if finished is None else finished
-        return SuiteWalk(
-            self.step, Served("c", "i", "w", False), SuiteFiles("s", "f"), "aligned", self.plan.manifest,
-            self.plan.judging.settings, self.plan.store, attempt, self.finished,
-        )  # fmt: skip
+        return SuiteWalk(self.step, Served("c", "i", "w", False), self.plan.view({}), attempt, self.finished)
 
     def go(self, walk: SuiteWalk, most: int = 1000) -> list[str]:
         """The phases that were asked for, until there is nothing left or `most` were."""
@@ -72,7 +74,7 @@ class Night:
             (coming,) = units
             self.asked.append(coming)
             walk.finished[coming.index] = self.done(coming)
-            phases.append(coming.method)
+            phases.append(PHASE_OF[type(coming.unit)])
         return phases
 
     def done(self, coming: NextUnit) -> UnitRecord:

@@ -14,16 +14,18 @@ from hypothesis import given, settings
 
 import fleet.algebra.ranks
 import fleet.fusion.streaming
-import fleet.steps.trim_walk
-import fleet.work.tensors
+import fleet.steps.trim
+import fleet.work.trimming
 from fleet.checkpoint.full_model import FullModel
-from fleet.steps.record import UnitRecord
-from fleet.steps.trim_walk import TrimWalk
-from fleet.steps.walk import NextUnit
-from fleet.work.tensors import TensorWorker, packed, unpacked
+from fleet.steps.base import NextUnit
+from fleet.steps.trim import TrimWalk
+from fleet.work.tensor_worker import TensorWorker
+from fleet.work.trimming import CountUnit, SampleUnit, packed, unpacked
+from fleet.work.unit import UnitRecord
 from tests.fusion.test_streaming import held, here, normal
 
 ENTRIES = 50 * (40 + 41 + 42)
+STEP: Any = SimpleNamespace(key="trim")
 
 
 def made(dtype: torch.dtype, num_tuned: int = 3) -> tuple[FullModel, FullModel, torch.Tensor]:
@@ -49,10 +51,10 @@ def walked(walk: TrimWalk, aligned: FullModel, model: FullModel) -> list[list[Ne
     worker, models = TensorWorker(), {"aligned": aligned, "model": model}
     with pytest.MonkeyPatch.context() as monkeypatch:
         for opened in ("open_full", "open_model"):
-            monkeypatch.setattr(fleet.work.tensors, opened, models.__getitem__)
+            monkeypatch.setattr(fleet.work.trimming, opened, models.__getitem__)
         while units := [*walk.next()]:
             rounds.append(units)
-            walk.finished.update({unit.index: getattr(worker, unit.method)(unit.unit) for unit in units})
+            walk.finished.update({unit.index: worker.run(unit.unit) for unit in units})
     return rounds
 
 
@@ -68,12 +70,12 @@ def test_trim_is_the_sorted_ones_whatever_the_shards_and_the_sample(
     rank = max(round(share * ENTRIES), 1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(fleet.fusion.streaming, "RUN_ENTRIES", 300)
-        monkeypatch.setattr(fleet.steps.trim_walk, "SAMPLED_ENTRIES", sampled)
+        monkeypatch.setattr(fleet.steps.trim, "SAMPLED_ENTRIES", sampled)
         if local:
             here(monkeypatch)
         walk = walk_of(aligned, rank, shard_bytes, {})
         walked(walk, aligned, model)
-    assert walk.result() == {"threshold": float(magnitudes[rank - 1])}
+    assert walk.result(STEP).literals() == {"threshold": float(magnitudes[rank - 1])}
 
 
 def test_trim_reads_everything_once_after_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +83,11 @@ def test_trim_reads_everything_once_after_a_sample(monkeypatch: pytest.MonkeyPat
     aligned, model, magnitudes = made(torch.float32)
     walk = walk_of(aligned, 700, 1, {})
     sampling, counting = walked(walk, aligned, model)
-    assert [u.method for u in sampling] == ["sample"] * 3 and [u.method for u in counting] == ["count"] * 3
+    assert [type(u.unit) for u in sampling] == [SampleUnit] * 3
+    assert [type(u.unit) for u in counting] == [CountUnit] * 3
     assert [u.unit.tensors for u in sampling] == [u.unit.tensors for u in counting] == [(n,) for n in aligned.tensors]
     assert [u.work for u in sampling + counting] == [0.0] * 3 + [200.0] * 3
-    assert walk.result() == {"threshold": float(magnitudes[699])}
+    assert walk.result(STEP).literals() == {"threshold": float(magnitudes[699])}
 
 
 def test_trim_asks_for_what_is_missing_of_a_round_alone() -> None:
@@ -100,7 +103,7 @@ def test_trim_asks_for_what_is_missing_of_a_round_alone() -> None:
             walk = walk_of(aligned, 700, 1, {index: whole.finished[index] for index in kept})
             assert walk.next() == [missing]
             walked(walk, aligned, model)
-            assert walk.result() == {"threshold": float(magnitudes[699])}
+            assert walk.result(STEP).literals() == {"threshold": float(magnitudes[699])}
 
 
 def test_trim_of_a_misleading_sample_counts_again() -> None:
@@ -108,8 +111,8 @@ def test_trim_of_a_misleading_sample_counts_again() -> None:
     walk = walk_of(
         aligned, 700, 1 << 20, {0: UnitRecord(result={"sample": packed(torch.full((999,), 5.0)), "size": ENTRIES})}
     )
-    assert [unit.method for found in walked(walk, aligned, model) for unit in found] == ["count"] * 3
-    assert walk.result() == {"threshold": float(magnitudes[699])}
+    assert [type(unit.unit) for found in walked(walk, aligned, model) for unit in found] == [CountUnit] * 3
+    assert walk.result(STEP).literals() == {"threshold": float(magnitudes[699])}
 
 
 def test_trim_whose_rank_is_among_removed_tensors_is_zero() -> None:
@@ -117,7 +120,7 @@ def test_trim_whose_rank_is_among_removed_tensors_is_zero() -> None:
     aligned, _, _ = made(torch.float32)
     walk = walk_of(aligned, 11, 1 << 20, {0: UnitRecord(result={"sample": packed(torch.ones(10)), "size": 10})})
     assert not walk.next()
-    assert walk.result() == {"threshold": 0.0}
+    assert walk.result(STEP).literals() == {"threshold": 0.0}
 
 
 @pytest.mark.parametrize("values", [torch.tensor([0.5, -math.inf]), torch.arange(3), torch.empty(0)])

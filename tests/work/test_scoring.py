@@ -18,17 +18,20 @@ import torch
 from ray import ObjectRef
 from safetensors.torch import load_file, save_file
 
-import fleet.run.coordinator
+import fleet.run.pools
 from evals.engine import EngineOptions, engine_env
 from evals.logs import EvalLog, Sample, read_origin, read_samples, write_samples
 from fleet.core.errors import InputError
 from fleet.manifest import load_manifest
 from fleet.report.report import make_report
-from fleet.run.coordinator import WORKER_ENV, RunResult
+from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
 from fleet.run.pool import Outcome, Pool
-from fleet.steps.record import UnitRecord, attempt_prefix
-from fleet.work.scoring import CalibrateUnit, CohereUnit, CompleteUnit, JudgeUnit, JudgingWorker, ScoringWorker
+from fleet.run.pools import WORKER_ENV
+from fleet.steps.record import attempt_prefix
+from fleet.work.judging import CalibrateUnit, JudgeUnit, JudgingWorker
+from fleet.work.scoring import CohereUnit, CompleteUnit, ScoringWorker
+from fleet.work.unit import Found, Unit
 from tests.catalogue import manifest_document, write_manifest, write_rows
 from tests.pico import CHARACTERS, HIDDEN_SIZE, SPECIAL_TOKENS, make_adapter, make_model
 from tests.run.test_coordinator import walk
@@ -62,7 +65,7 @@ class Note(NamedTuple):
 
 
 def note(worker: ScoringWorker | JudgingWorker, method: str, candidate: str | None, key: str, num: int = 0) -> None:
-    replica = worker._replica  # pyright: ignore[reportPrivateUsage]
+    replica = worker.replica
     model = replica.model_dir.name if replica is not None else None
     with (Path(os.environ[NOTES]) / "units").open("a") as file:
         file.write(json.dumps(Note(os.getpid(), model, method, candidate, key, num)) + "\n")
@@ -71,33 +74,33 @@ def note(worker: ScoringWorker | JudgingWorker, method: str, candidate: str | No
 class NotingWorker(ScoringWorker):
     """Notes what it is asked; dies once, if told to, with some candidate's second block written, not answered."""
 
-    def complete(self, unit: CompleteUnit) -> UnitRecord:
+    def run(self, unit: Unit) -> Found:
+        if isinstance(unit, CohereUnit):
+            note(self, "cohere", None, unit.completions)
+        return self._complete(unit) if isinstance(unit, CompleteUnit) else super().run(unit)
+
+    def _complete(self, unit: CompleteUnit) -> Found:
         notes = Path(os.environ[NOTES])
         mark = notes / "deadly"
         tonight = read_notes(notes)[int(mark.read_text()) :] if mark.exists() else []
         is_second = any(note.method == "complete" and note.candidate == unit.served.name for note in tonight)
         note(self, "complete", unit.served.name, unit.completions, len(unit.indices))
-        record = super().complete(unit)
+        record = super().run(unit)
         if is_second:
             mark.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return record
 
-    def cohere(self, unit: CohereUnit) -> UnitRecord:
-        note(self, "cohere", None, unit.completions)
-        return super().cohere(unit)
-
 
 class NotingJudge(JudgingWorker):
     """Notes what it is asked."""
 
-    def judge(self, unit: JudgeUnit) -> UnitRecord:
-        note(self, "judge", None, unit.completions)
-        return super().judge(unit)
-
-    def calibrate(self, unit: CalibrateUnit) -> UnitRecord:
-        note(self, "calibrate", None, unit.rows)
-        return super().calibrate(unit)
+    def run(self, unit: Unit) -> Found:
+        if isinstance(unit, JudgeUnit):
+            note(self, "judge", None, unit.completions)
+        if isinstance(unit, CalibrateUnit):
+            note(self, "calibrate", None, unit.rows)
+        return super().run(unit)
 
 
 def read_notes(notes: Path) -> list[Note]:
@@ -117,7 +120,7 @@ class KeptPool(Pool):
     def settle(self, ref: ObjectRef[Any]) -> list[Outcome]:
         outcomes = super().settle(ref)
         self.answered.update(
-            o.task.unit.completions for o in outcomes if o.task.method == "complete" and o.error is None
+            o.task.unit.completions for o in outcomes if isinstance(o.task.unit, CompleteUnit) and o.error is None
         )
         return outcomes
 
@@ -153,12 +156,12 @@ class Engines:
 def engines(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterator[Engines]:
     """One engine for candidates and one for the judge; a walk asks for the same ones, or it is an error here."""
     engines = Engines(tmp_path_factory.mktemp("notes"))
-    make_pool = fleet.run.coordinator._replicas  # pyright: ignore[reportPrivateUsage]
+    make_pool = fleet.run.pools._replicas  # pyright: ignore[reportPrivateUsage]
 
     def kept(name: str, *made_of: Any) -> Pool:
         if name not in engines.pools:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(fleet.run.coordinator, "Pool", KeptPool)
+                patch.setattr(fleet.run.pools, "Pool", KeptPool)
                 pool = make_pool(name, *made_of)
             assert isinstance(pool, KeptPool)
             engines.pools[name], engines.made_of[name] = pool, made_of
@@ -169,11 +172,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterat
         return engine_env(options, num_threads) | {NOTES: str(engines.notes)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet.run.coordinator, "ScoringWorker", NotingWorker)
-        patch.setattr(fleet.run.coordinator, "JudgingWorker", NotingJudge)
-        patch.setattr(fleet.run.coordinator, "WORKER_ENV", WORKER_ENV | {NOTES: str(engines.notes)})
-        patch.setattr(fleet.run.coordinator, "engine_env", environment)
-        patch.setattr(fleet.run.coordinator, "_replicas", kept)
+        patch.setattr(fleet.run.pools, "ScoringWorker", NotingWorker)
+        patch.setattr(fleet.run.pools, "JudgingWorker", NotingJudge)
+        patch.setattr(fleet.run.pools, "WORKER_ENV", WORKER_ENV | {NOTES: str(engines.notes)})
+        patch.setattr(fleet.run.pools, "engine_env", environment)
+        patch.setattr(fleet.run.pools, "_replicas", kept)
         yield engines
     for pool in engines.pools.values():
         pool.end()

@@ -16,16 +16,21 @@ from fleet.algebra.sparsify import WHOLE, at_least, elected
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.checkpoint.model import read_model, require_full_model, touched_tensors
+from fleet.checkpoint.opened import open_full, open_model
 from fleet.checkpoint.task_vectors import read_factors
 from fleet.checkpoint.write import Output, Shard
 from fleet.core.errors import CheckpointError
 from fleet.fusion import AnyFusionMethod, TaskArithmetic, Ties, WeightAverage
+from fleet.fusion.member import Member
 from fleet.fusion.place import Place
 from fleet.methods import AnyRealignMethod, CsuLora, Lox, Noise, Resta, Revert, SafeLora, SafeMerge, WiseFt
-from fleet.steps.record import UnitRecord
 from fleet.store import open_folder
-from fleet.work.survey import SurveyResult, SurveyUnit
-from fleet.work.tensors import FuseUnit, Member, RealignUnit, TensorWorker
+from fleet.work.fusing import FuseUnit
+from fleet.work.realigning import RealignUnit
+from fleet.work.survey import Scratch, SurveyResult, SurveyUnit
+from fleet.work.survey import survey as survey_unit
+from fleet.work.tensor_worker import TensorWorker
+from fleet.work.unit import UnitRecord
 from tests.pico import make_adapter, make_gpt2, write_model
 
 SAFEMERGE = SafeMerge(method="safemerge", alpha=0.75)
@@ -70,7 +75,7 @@ def fuse(
     for shard in shards:
         output = Output(str(out), "m")
         unit = FuseUnit(str(root / "aligned"), members_M, method, shard_bytes is None, None, shard, output)
-        TensorWorker().fuse(unit)
+        TensorWorker().run(unit)
     return out / "m"
 
 
@@ -87,17 +92,22 @@ def survey(
     aligned = require_full_model(read_model(open_folder(str(root / "aligned"))), "aligned")
     groups = groups or [sorted(aligned.tensors)]
     return [
-        TensorWorker().survey(
+        surveyed(
             SurveyUnit(
                 aligned=str(root / "aligned"), unaligned=str(unaligned or root / "unaligned"),
                 models={name: str(folder) for name, folder in models.items()}, tensors=tuple(group),
-                file=shard_name(index, len(groups)), rho=rho, directions=DIRECTIONS,
+                file=shard_name(index, len(groups)), rho=rho, directions=DIRECTIONS, displacement_key="base",
                 displacement=displacement or Output(str(out), "displacement"),
                 projections={name: Output(str(out), name) for name in models} if rho else {},
             )
         )
         for index, group in enumerate(groups)
     ]  # fmt: skip
+
+
+def surveyed(unit: SurveyUnit) -> SurveyResult:
+    models = {name: open_model(uri) for name, uri in unit.models.items()}
+    return survey_unit(unit, open_full(unit.aligned), open_full(unit.unaligned), models, Scratch())
 
 
 def realign(
@@ -120,10 +130,10 @@ def realign(
             displacement=str(out / "displacement"),
             projections=str(out / model.name) if (out / model.name).exists() else None,
             method=method, edited=edited, targets=targets or {},
-            mask=mask, name=model.name, as_adapter=shard.file.startswith("adapter"),
+            mask=mask, name=model.name, as_lora=shard.file.startswith("adapter"),
             shard=shard, output=Output(str(out), "m"),
         )  # fmt: skip
-        records.append(TensorWorker().realign(unit))
+        records.append(TensorWorker().run(unit))
     return out / "m", records
 
 
@@ -163,7 +173,7 @@ def test_fused_adapter_of_a_rank_is_the_nearest_and_says_what_is_lost(
     members = tuple(Member(name, str(catalogue / name)) for name in names)
     shard = adapter_shard(*(catalogue / name for name in names))
     unit = FuseUnit(str(catalogue / "aligned"), members, limited, True, None, shard, Output(str(tmp_path), "m"))
-    lost = TensorWorker().fuse(unit).result["recompression_residual"]
+    lost = TensorWorker().run(unit).result["recompression_residual"]
     assert isinstance(lost, dict)
     folders = {"written": tmp_path / "m", **{name: catalogue / name for name in names}}
     models = {name: read_model(open_folder(str(folder))) for name, folder in folders.items()}
@@ -187,7 +197,7 @@ def test_fused_adapter_of_whole_models_trimmed_has_their_thresholds(catalogue: P
     members = tuple(Member(name, str(catalogue / name)) for name in names)
     shard = adapter_shard(*(catalogue / name for name in names))
     output = Output(str(tmp_path), "m")
-    TensorWorker().fuse(FuseUnit(str(catalogue / "aligned"), members, method, True, thresholds, shard, output))
+    TensorWorker().run(FuseUnit(str(catalogue / "aligned"), members, method, True, thresholds, shard, output))
     folders = {"written": tmp_path / "m", **{name: catalogue / name for name in names}}
     models = {name: read_model(open_folder(str(folder))) for name, folder in folders.items()}
     adapters = {name: model for name, model in models.items() if isinstance(model, Adapter)}
@@ -545,9 +555,9 @@ def test_expert_of_a_stacked_tensor_is_a_module_of_its_own(tmp_path: Path, model
         aligned=str(tmp_path / "aligned"), unaligned=str(tmp_path / "unaligned"), model=str(tmp_path / "full"),
         safety=None, harmful=None, displacement=str(out / "displacement"), projections=None,
         method=SafeLora(method="safe_lora", operator="delete"), edited=frozenset({f"{tensor}[1]"}), targets={},
-        mask=None, name="full", as_adapter=False, shard=shard, output=Output(str(out), "m"),
+        mask=None, name="full", as_lora=False, shard=shard, output=Output(str(out), "m"),
     )  # fmt: skip
-    TensorWorker().realign(unit)
+    TensorWorker().run(unit)
     found = weights_of(out / "m")[tensor]
     torch.testing.assert_close(found[1], stored["aligned"][1])
     torch.testing.assert_close(found[[0, 2]], stored["full"][[0, 2]])

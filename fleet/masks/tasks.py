@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fleet.checkpoint.write import Output
 from fleet.core.errors import StepFailedError
+from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod
+from fleet.fusion.member import Member
 from fleet.masks.texts import Row, TextSet
 from fleet.methods.somf import Somf
 from fleet.store import open_store
-from fleet.work.tensors import Member
+from fleet.store.entry import FileEntry
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class LogProbsUnit:
+class LogProbsTask:
     """The aligned model's log-probabilities of a preference set: what DPO compares with, for every model and night."""
 
     aligned: str
@@ -53,9 +56,11 @@ class LogProbsUnit:
 
 
 @dataclass(frozen=True)
-class MaskUnit:
+class MaskTask:
     """Learn one mask."""
 
+    step: str
+    """Key of the step: what is measured on the way is told under it."""
     aligned: str
     members: tuple[Member, ...]
     fusion: AnyFusionMethod | None
@@ -69,5 +74,18 @@ class MaskUnit:
     """Of each member, if the method uses them."""
     compute: Compute
     output: Output
-    state: str
-    """Prefix in the store of the checkpoints; the same for every attempt."""
+
+    @property
+    def state(self) -> str:
+        """Prefix in the store of the checkpoints; the same for every attempt."""
+        return f"{self.step}/state"
+
+
+class Trained(NamedTuple):
+    """What a training left; of its first worker, for the others leave nothing."""
+
+    files: dict[str, FileEntry]
+    result: dict[str, Json]
+
+
+NOTHING = Trained({}, {})

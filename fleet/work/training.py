@@ -1,4 +1,4 @@
-"""The actor that learns masks: it stands for one training at a time, and has Ray Train run its workers.
+"""Training: an actor that stands for one training at a time, and has Ray Train run its workers.
 
 Ray Train places the workers, joins them (gloo on CPUs, NCCL on GPUs) and starts them again when one dies; what they
 continue from is in the store, not in Ray Train's own storage, which may be a folder of one node.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.distributed.device_mesh import init_device_mesh
 
 from fleet.core.errors import FleetError, InputError, StepFailedError
-from fleet.masks.units import LogProbsUnit, MaskUnit
-from fleet.steps.record import UnitRecord
+from fleet.masks.tasks import LogProbsTask, MaskTask
+from fleet.work.unit import PoolName, UnitRecord, Worker
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,19 @@ class TrainingWorkers:
     environment: dict[str, str]
 
 
-class MaskTrainer:
+@dataclass(frozen=True)
+class TrainingUnit:
+    """Learn a mask, or measure what it is learned against."""
+
+    task: LogProbsTask | MaskTask
+
+    pool: ClassVar[PoolName] = "trainer"
+
+    def run(self, host: MaskTrainer) -> UnitRecord:
+        return host.fit(self.task)
+
+
+class MaskTrainer(Worker):
     """Runs trainings, one at a time.
 
     Args:
@@ -43,19 +55,7 @@ class MaskTrainer:
         self._workers = workers
         self._events = events
 
-    def ready(self) -> bool:
-        """True once the actor runs."""
-        return True
-
-    def logprobs(self, unit: LogProbsUnit) -> UnitRecord:
-        """The aligned model's log-probabilities of a preference set."""
-        return self._fit(unit, unit.output.prefix)
-
-    def mask(self, unit: MaskUnit) -> UnitRecord:
-        """One learned mask."""
-        return self._fit(unit, unit.output.prefix)
-
-    def _fit(self, unit: LogProbsUnit | MaskUnit, name: str) -> UnitRecord:
+    def fit(self, task: LogProbsTask | MaskTask) -> UnitRecord:
         """
         Raises:
             FleetError: what a worker raised on purpose.
@@ -68,13 +68,13 @@ class MaskTrainer:
         with tempfile.TemporaryDirectory(prefix="fleet-training-") as scratch:
             trainer = TorchTrainer(
                 _work,
-                train_loop_config={"unit": unit, "events": self._events},
+                train_loop_config={"task": task, "events": self._events},
                 torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
                 ),
                 run_config=RunConfig(
-                    name=name.replace("/", "."),
+                    name=task.output.prefix.replace("/", "."),
                     storage_path=scratch,
                     failure_config=FailureConfig(max_failures=workers.retries),
                     worker_runtime_env={"env_vars": workers.environment},
@@ -96,7 +96,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | FleetError:
     from fleet.masks.masked_model import ALONE, Group  # noqa: PLC0415
     from fleet.masks.training import learn_mask, log_probs  # noqa: PLC0415
 
-    unit, events = config["unit"], config["events"]
+    task, events = config["task"], config["events"]
     context = get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     device = get_device()
@@ -104,12 +104,12 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | FleetError:
 
     def report(measured: dict[str, float]) -> None:
         if rank == 0:
-            events.put((unit.state, measured))
+            events.put((task.step, measured))
 
     try:
-        if isinstance(unit, LogProbsUnit):
-            return log_probs(unit, group, device).model_dump()
-        return learn_mask(unit, group, device, report).model_dump()
+        if isinstance(task, LogProbsTask):
+            return log_probs(task, group, device)._asdict()
+        return learn_mask(task, group, device, report)._asdict()
     except (InputError, StepFailedError) as e:
         return e  # raised on every worker, and would be again: Ray Train is not to try once more
 

@@ -1,48 +1,35 @@
-"""What workers do: one unit of one step, from the store to the store.
-
-A unit is a small frozen value that names everything by URI, so it travels as a message and any worker can do it again
-and write the same bytes. Weights are read here and written here; what goes back to the coordinator is a record of
-kilobytes. These are plain classes: `fleet.run.coordinator` makes Ray actors of them.
-"""
+"""Realigning: one model, one method, one shard of what comes out."""
 
 from __future__ import annotations
 
-import zlib
-from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank, zero
 from fleet.algebra.factors import Factors
 from fleet.algebra.random_edits import named_generator
-from fleet.algebra.ranks import WindowCounts
-from fleet.algebra.sparsify import WHOLE
 from fleet.algebra.spectral import Triplets, truncated
 from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.curvature import Curvature, read_curvature
-from fleet.checkpoint.curvature_tensors import CurvatureOf
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_headers
-from fleet.checkpoint.model import Model, lora_rank, read_model, require_full_model, written_like
+from fleet.checkpoint.model import written_like
 from fleet.checkpoint.modules import ModuleView, canonical_shape, is_transposed, module_views
+from fleet.checkpoint.opened import open_full, open_model
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_unscaled_factors, read_weight, to_stored
 from fleet.checkpoint.tensors import read_tensor
 from fleet.checkpoint.write import Output, Shard, of_rank, write_adapter, write_shard
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
-from fleet.fusion import AnyFusionMethod
-from fleet.fusion.base import Thresholds
-from fleet.fusion.place import places
-from fleet.fusion.streaming import StreamedFusion, count_task_vector, sample_task_vector
 from fleet.masks.learned import open_mask
-from fleet.methods import AnyRealignMethod, Ranks, Somf
-from fleet.steps.record import UnitRecord
+from fleet.methods import AnyRealignMethod
+from fleet.methods.ranks import Parts
 from fleet.store import open_folder
-from fleet.work.survey import Scratch, StoredDisplacement, SurveyResult, SurveyUnit, stored_displacement, survey
+from fleet.work.survey import StoredDisplacement, stored_displacement
+from fleet.work.unit import PoolName, UnitRecord, Worker, short
 
 
 @dataclass(frozen=True)
@@ -67,82 +54,23 @@ class RealignUnit:
     """Folder of a learned mask, where the method applies one."""
     name: str
     """The model's, of which a mask may hold logits of its own."""
-    as_adapter: bool
+    as_lora: bool
     shard: Shard
     output: Output
 
+    pool: ClassVar[PoolName] = "tensor"
 
-@dataclass(frozen=True)
-class Member:
-    """One model in a fusion."""
-
-    name: str
-    uri: str
-    curvature: str | None = None
-    """Folder of what the method has to know of it beside the weights."""
-
-
-@dataclass(frozen=True)
-class FuseUnit:
-    """Fuse all members in one shard."""
-
-    aligned: str
-    members_M: tuple[Member, ...]
-    method: AnyFusionMethod
-    as_adapter: bool
-    thresholds: Thresholds | None
-    """Those of whole models, where the method asks for them; else each tensor has its own."""
-    shard: Shard
-    output: Output
-
-
-@dataclass(frozen=True)
-class SampleUnit:
-    """Draw entries of one model's task vector, spread over some tensors."""
-
-    aligned: str
-    model: str
-    tensors: tuple[str, ...]
-    share: float
-
-
-@dataclass(frozen=True)
-class CountUnit:
-    """Count the entries of one model's task vector, in some tensors, whose bit patterns are in [low, high)."""
-
-    aligned: str
-    model: str
-    tensors: tuple[str, ...]
-    low: int
-    high: int
-
-
-def packed(values: torch.Tensor) -> str:
-    """(n,) numbers as text, for a record; a window's counts are small numbers, and take some 100 kB."""
-    return b64encode(zlib.compress(values.numpy().tobytes(), level=1)).decode()
-
-
-def unpacked(text: str, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers again: (n,), of their dtype."""
-    data = zlib.decompress(b64decode(text))
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-@lru_cache(maxsize=256)
-def open_model(uri: str) -> Model:
-    """A model's headers, kept between the units of one worker; artifacts and pinned sources don't change."""
-    return read_model(open_folder(uri))
-
-
-@lru_cache(maxsize=256)
-def open_curvature(uri: str) -> Curvature:
-    """A model's Fisher or Gram matrices, kept likewise."""
-    return read_curvature(open_folder(uri))
-
-
-def open_full(uri: str) -> FullModel:
-    """The same, of a model that has to be a full one."""
-    return require_full_model(open_model(uri), uri)
+    def run(self, host: Worker) -> UnitRecord:
+        """The record has a row per edited module."""
+        work = _Realigning(self)
+        if not self.as_lora:
+            files = write_shard(self.output, self.shard, written_like(work.model, work.aligned), work.pieces)
+            return UnitRecord(files=files, result={"edits": work.edits})
+        ranks = work.ranks()
+        written = write_adapter(self.output, self.shard, work.aligned, ranks, work.factors, [_adapter(self.model)])
+        for tensor in (t for t, rank in ranks.items() if not rank and t.removesuffix(".weight") in self.edited):
+            work.factors(tensor)  # removed: not in the file, but the record says by how much that was an edit
+        return UnitRecord(files=written.files, result={"max_rank": written.max_rank, "edits": work.edits})
 
 
 def _adapter(uri: str) -> Adapter:
@@ -150,80 +78,6 @@ def _adapter(uri: str) -> Adapter:
     if not isinstance(model, Adapter):
         raise CheckpointError(f"{uri}: a full model, but this has to be a LoRA adapter")
     return model
-
-
-class TensorWorker:
-    """Does tensor work, one unit at a time, in memory for a few tensors × models."""
-
-    def __init__(self) -> None:
-        self._scratch = Scratch()
-
-    def ready(self) -> bool:
-        """True once the worker runs."""
-        return True
-
-    def survey(self, unit: SurveyUnit) -> SurveyResult:
-        """Statistics of every model in the unit's modules; see `fleet.work.survey`."""
-        models = {name: open_model(uri) for name, uri in unit.models.items()}
-        return survey(unit, open_full(unit.aligned), open_full(unit.unaligned), models, self._scratch)
-
-    def realign(self, unit: RealignUnit) -> UnitRecord:
-        """Write one shard of a realigned model, or a whole realigned adapter, with a row per edited module."""
-        work = _Realigning(unit)
-        if unit.as_adapter:
-            ranks, sources = work.ranks(), [_adapter(unit.model)]
-            record = write_adapter(unit.output, unit.shard, work.aligned, ranks, work.factors, sources)
-            for tensor in (t for t, rank in ranks.items() if not rank and t.removesuffix(".weight") in unit.edited):
-                work.factors(tensor)  # removed: not in the file, but the record says by how much that was an edit
-        else:
-            like = written_like(work.model, work.aligned)
-            record = write_shard(unit.output, unit.shard, like, work.pieces)
-        return UnitRecord(files=record.files, result={**record.result, "edits": work.edits})
-
-    def sample(self, unit: SampleUnit) -> UnitRecord:
-        """The record holds the sample, packed, and of how many entries it is one."""
-        aligned, model = open_full(unit.aligned), open_model(unit.model)
-        with ThreadPoolExecutor(1) as reader:
-            sample, size = sample_task_vector(aligned, model, unit.tensors, unit.share, reader)
-        return UnitRecord(result={"sample": packed(sample), "size": size})
-
-    def count(self, unit: CountUnit) -> UnitRecord:
-        """The record holds the counts, packed; see `WindowCounts`."""
-        counts = WindowCounts(unit.low, unit.high)
-        with ThreadPoolExecutor(1) as reader:
-            count_task_vector(open_full(unit.aligned), open_model(unit.model), unit.tensors, counts, reader)
-        return UnitRecord(result={"counts": packed(counts.counts)})
-
-    def fuse(self, unit: FuseUnit) -> UnitRecord:
-        """Write one shard of a fused model, or a whole fused adapter."""
-        aligned = open_full(unit.aligned)
-        members = {m.name: open_model(m.uri) for m in unit.members_M}
-        curvatures = {m.name: open_curvature(m.curvature) for m in unit.members_M if m.curvature is not None}
-        if not unit.as_adapter:
-            with ThreadPoolExecutor(1) as reader:
-                fusion = StreamedFusion(aligned, members, unit.method, unit.thresholds, reader, curvatures)
-                return write_shard(unit.output, unit.shard, aligned, fusion.tensor)
-
-        where = places(aligned.tensors)
-        adapters = {name: m for name, m in members.items() if isinstance(m, Adapter)}
-        modules = {name: name.removesuffix(".weight") for name in unit.shard.tensors}
-        ranks = {name: sum(lora_rank(a, module) for a in adapters.values()) for name, module in modules.items()}
-        if (limit := unit.method.max_rank) is not None:
-            ranks = {name: min(rank, limit, *canonical_shape(aligned, name)) for name, rank in ranks.items()}
-        lost: dict[str, float] = {}
-
-        def factors(name: str) -> LowRank:
-            found = {member: read_factors(adapter, name) for member, adapter in adapters.items()}
-            deltas = {member: delta for member, delta in found.items() if delta is not None}
-            weights = unit.method.coefficients([*members], where[name])
-            known = CurvatureOf(unit.method.curvature, curvatures, aligned, name)
-            fused = unit.method.fuse(deltas, weights, where[name], WHOLE, unit.thresholds, known)
-            delta, lost[modules[name]] = truncated(fused, ranks[name], named_generator(0, modules[name]))
-            return of_rank(delta, ranks[name])
-
-        record = write_adapter(unit.output, unit.shard, aligned, ranks, factors, [*adapters.values()])
-        residuals: dict[str, Json] = {module: _short(value) for module, value in lost.items() if value}
-        return UnitRecord(files=record.files, result={**record.result, "recompression_residual": residuals})
 
 
 class _Realigning:
@@ -235,19 +89,20 @@ class _Realigning:
         self.model = open_model(unit.model)
         self.safety = _adapter(unit.safety) if unit.safety is not None else None
         self.harmful = _adapter(unit.harmful) if unit.harmful is not None else None
+        self._parts = Parts(self.aligned, self.model, self.safety, self.harmful)
         self.edits: list[Json] = []
         self._whole: Delta | None = None
         """The task vector of the tensor under way, all its modules."""
 
     def masked(self, view: ModuleView) -> Delta:
         """The module's task vector under the learned mask, which is rescaled over its whole tensor."""
-        method = self.unit.method.controlled
-        assert isinstance(method, Somf) and self.unit.mask is not None and self._whole is not None
+        spec = self.unit.method.mask_spec
+        assert spec is not None and self.unit.mask is not None and self._whole is not None
         origin = read_factors(self.safety, view.tensor) if self.safety is not None else None
         turned = is_transposed(self.aligned, view.tensor)
         whole, start = (d.transposed() if turned and d is not None else d for d in (self._whole, origin))
         assert whole is not None
-        masked = open_mask(self.unit.mask).apply(method, self.unit.name, view.tensor, whole, start)
+        masked = open_mask(self.unit.mask).apply(spec, self.unit.name, view.tensor, whole, start)
         masked = masked.transposed() if turned else masked
         return masked if view.index is None else Dense(masked.dense()[view.index])
 
@@ -266,10 +121,9 @@ class _Realigning:
         return {name: self._rank(name) for name in self.unit.shard.tensors}
 
     def _rank(self, tensor: str) -> int:
-        module = tensor.removesuffix(".weight")
-        own, safety, harmful = (lora_rank(m, module) for m in (self.model, self.safety, self.harmful))
-        limit = min(canonical_shape(self.aligned, tensor))
-        return self.unit.method.written_rank(Ranks(own, safety, harmful, limit)) if module in self.unit.edited else own
+        if tensor.removesuffix(".weight") not in self.unit.edited:
+            return self._parts.own_rank(tensor)
+        return self._parts.edited_rank(self.unit.method, tensor)
 
     def factors(self, tensor: str) -> LowRank:
         """ΔW of one module of an adapter, edited or not, of the rank that `ranks` says."""
@@ -326,21 +180,16 @@ class _Realigning:
         energy = before.norm() ** 2
         row: dict[str, Json] = {
             "module": module,
-            "edit_norm": _short(after.minus(before).norm()),
-            "energy_kept": _short(after.norm() ** 2 / energy) if energy else None,
+            "edit_norm": short(after.minus(before).norm()),
+            "energy_kept": short(after.norm() ** 2 / energy) if energy else None,
             "rank": after.rank if isinstance(after, LowRank) else None,
-            "recompression_residual": _short(lost),
+            "recompression_residual": short(lost),
         }
         basis = self.displacement.basis(module)
         if basis is not None and energy:
             shares = zip(before.energies(basis.left) / energy, after.energies(basis.left) / energy, strict=True)
-            row["directions"] = [[_short(float(b)), _short(float(a))] for b, a in shares]
+            row["directions"] = [[short(float(b)), short(float(a))] for b, a in shares]
         return row
-
-
-def _short(value: float) -> float:
-    """Six digits: more says nothing in a table, and takes room in every record."""
-    return float(f"{value:.6g}")
 
 
 @dataclass

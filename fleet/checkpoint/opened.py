@@ -1,0 +1,82 @@
+"""From an address to the model behind it: a store's folder, the Hub's, or a view of one in another vocabulary.
+
+`open_model`, `open_full` and `open_curvature` keep the headers they have read, for the many units of work that name the
+same models. They are for what doesn't change while a process runs: artifacts, pinned sources, sources of a planned run.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.curvature import Curvature, read_curvature
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.model import Model, read_model, require_full_model
+from fleet.checkpoint.views import ViewFolder
+from fleet.checkpoint.vocabulary import VOCABULARY_SCHEME, open_in_vocabulary
+from fleet.core.sized_cache import SizedCache
+from fleet.store import Folder, open_folder
+
+CACHE_BYTES = 256 << 20
+"""Memory for the headers of models, and as much for those of curvatures: half a million tensors each."""
+
+TENSOR_BYTES = 450
+"""Memory of one `TensorInfo` under its name in a dict (measured with tracemalloc: 426 bytes for long names)."""
+
+_Headers: TypeAlias = FullModel | Adapter | Curvature
+
+
+def open_model_folder(uri: str) -> Folder:
+    """The folder of a model, which may be one that is read in another vocabulary; see `Vocabulary.address`.
+
+    Raises:
+        SourceError: as `open_folder`.
+        CheckpointError: the models that a vocabulary is made of can't be read, or don't go together.
+    """
+    return open_in_vocabulary(uri) if uri.startswith(VOCABULARY_SCHEME) else open_folder(uri)
+
+
+def open_model(uri: str) -> Model:
+    """A model's headers; read once while there is room for them.
+
+    Raises:
+        SourceError: nothing can be read there.
+        CheckpointError: as `read_model`.
+    """
+    return _models(uri)
+
+
+def open_full(uri: str) -> FullModel:
+    """The same, of a model that has to be a full one.
+
+    Raises:
+        SourceError: nothing can be read there.
+        CheckpointError: as `read_model`, or it is an adapter.
+    """
+    return require_full_model(open_model(uri), uri)
+
+
+def open_curvature(uri: str) -> Curvature:
+    """The headers of a model's Fisher or Gram matrices; read once while there is room for them.
+
+    Raises:
+        SourceError: nothing can be read there.
+        CheckpointError: as `read_curvature`.
+    """
+    return _curvatures(uri)
+
+
+def memory_bytes(headers: _Headers) -> int:
+    """About how much memory the headers of a model or a curvature take."""
+    if isinstance(headers, Adapter):
+        count = sum(len(module.tensors) for module in headers.modules.values()) + len(headers.replaced)
+    else:
+        count = len(headers.tensors)
+    view_bytes = headers.folder.memory_bytes if isinstance(headers.folder, ViewFolder) else 0
+    return count * TENSOR_BYTES + view_bytes
+
+
+_models: SizedCache[str, Model] = SizedCache(lambda uri: read_model(open_model_folder(uri)), memory_bytes, CACHE_BYTES)
+_curvatures: SizedCache[str, Curvature] = SizedCache(
+    lambda uri: read_curvature(open_folder(uri)), memory_bytes, CACHE_BYTES
+)

@@ -1,0 +1,97 @@
+"""What a manifest's addresses lead to, opened: headers and content identities, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+from evals.engine import MAX_SERVED_RANK
+from evals.judges import AnyJudge
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.curvature import Curvature
+from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.model import Model, require_full_model, touched_tensors
+from fleet.core.identity import Json
+from fleet.steps.base import WeightsStep
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model of the manifest."""
+
+    uri: str
+    model: Model
+    identity: str
+    """Of its content."""
+
+    @property
+    def as_lora(self) -> bool:
+        """Whether it can be served, and written again, as a LoRA."""
+        return isinstance(self.model, Adapter) and self.model.is_lora and self.max_rank <= MAX_SERVED_RANK
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its files are fp8, which an engine of the aligned model can't hold."""
+        return isinstance(self.model, FullModel) and self.model.is_quantised
+
+    @property
+    def max_rank(self) -> int:
+        return self.model.max_rank if isinstance(self.model, Adapter) else 0
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The base tensors it has a task vector in."""
+        return tuple(touched_tensors(self.model))
+
+
+Weights: TypeAlias = Source | WeightsStep
+"""Where a candidate's weights are: a source of the manifest, or the step that makes them."""
+
+
+@dataclass(frozen=True)
+class CurvatureSource:
+    """What the manifest gives of a model beside its weights."""
+
+    uri: str
+    curvature: Curvature
+    identity: str
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """A mask learned before, of another night or catalogue."""
+
+    uri: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The base models of a run."""
+
+    aligned: Source
+    unaligned: Source
+    safety: Source | None
+    harmful: Source | None
+
+    @property
+    def aligned_model(self) -> FullModel:
+        return require_full_model(self.aligned.model, "base.aligned")
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What a run judges with."""
+
+    judge: AnyJudge
+    model: Source | None = None
+    """Of a judge that is a model."""
+    rows: str | None = None
+    """Key in the store of the labelled rows it is calibrated on."""
+
+    @property
+    def settings(self) -> dict[str, Json]:
+        """What identifies the judge wherever its model is."""
+        settings: dict[str, Json] = self.judge.settings()
+        return settings if self.model is None else settings | {"model": self.model.identity}

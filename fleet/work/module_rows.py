@@ -1,0 +1,29 @@
+"""A realigned model's modules, row by row: what was measured, what was decided, what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fleet.core.identity import Json
+from fleet.methods import Decision, ModuleStatistics
+
+
+def module_rows(
+    modules: Sequence[ModuleStatistics], decisions: Sequence[Decision], edits: Mapping[str, Mapping[str, Json]]
+) -> list[dict[str, Json]]:
+    """One row per module of a realigned model: what was measured, what was decided, what was done.
+
+    Args:
+        edits: module -> what the worker wrote of its edit; none for a module left alone.
+    """
+    rows: list[dict[str, Json]] = []
+    for statistics, decision in zip(modules, decisions, strict=True):
+        edit, reason = edits.get(statistics.module, {}), decision.reason
+        if decision.edit and not edit.get("edit_norm"):
+            reason += "; nothing changed"
+        row: dict[str, Json] = {"module": statistics.module, "edit": bool(edit.get("edit_norm")), "reason": reason}
+        for name in ("lift", "rho", "rho_z", "cosine", "delta_norm"):
+            value = getattr(statistics, name)
+            row[name] = None if value is None else float(f"{value:.6g}")
+        rows.append(row | dict(edit))
+    return rows

@@ -1,0 +1,30 @@
+"""What is scored, and on what, as units of work name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Served:
+    """A candidate, and where its weights are."""
+
+    name: str
+    identity: str
+    weights: str
+    """URI of the full model or adapter."""
+    as_lora: bool
+
+    def group(self, aligned: str) -> str:
+        """Identity of the weights an engine must hold for it, given the aligned model's."""
+        return aligned if self.as_lora else self.identity
+
+
+@dataclass(frozen=True)
+class SuiteFiles:
+    """Where a suite is, for a node that may not have the driver's disk."""
+
+    name: str
+    """The YAML file in `folder`, or the name of one of lm-eval's own tasks."""
+    folder: str | None
+    """URI of the folder in the store that has the suite's files."""

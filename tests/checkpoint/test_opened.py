@@ -1,0 +1,80 @@
+"""Addresses of models, opened: what is kept, and what it weighs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fleet.checkpoint import opened
+from fleet.checkpoint.opened import TENSOR_BYTES, memory_bytes, open_curvature, open_full, open_model, open_model_folder
+from fleet.checkpoint.views import VIEW_BYTES
+from fleet.checkpoint.vocabulary import RUN_BYTES, Vocabulary
+from fleet.core.errors import CheckpointError
+from fleet.store import open_folder
+from tests.pico import VOCAB_SIZE, make_tokenizer, write_adapter, write_model
+
+CONFIG = {"model_type": "llama", "vocab_size": VOCAB_SIZE}
+
+
+def model_in(folder: Path, rows: int = VOCAB_SIZE, **more: torch.Tensor) -> str:
+    """The address of a model with an embedding and a norm: two tensors."""
+    write_model(folder, CONFIG, {"embed_tokens.weight": torch.ones(rows, 2), "norm.weight": torch.ones(2), **more})
+    make_tokenizer(folder)
+    return str(folder)
+
+
+def test_open_model_again_gives_the_same_headers_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = model_in(tmp_path / "model")
+    model = open_model(uri)
+    monkeypatch.setattr(opened, "read_model", lambda folder: pytest.fail("read again"))
+    assert open_full(uri) is model
+
+
+def test_open_curvature_again_gives_the_same_headers_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = model_in(tmp_path / "fisher")
+    curvature = open_curvature(uri)
+    monkeypatch.setattr(opened, "read_curvature", lambda folder: pytest.fail("read again"))
+    assert open_curvature(uri) is curvature
+
+
+def test_open_full_of_an_adapter_is_refused_by_its_address(tmp_path: Path) -> None:
+    factors = {"m.lora_A.weight": torch.ones(1, 2), "m.lora_B.weight": torch.ones(3, 1)}
+    uri = str(write_adapter(tmp_path / "lora", {}, factors))
+    with pytest.raises(CheckpointError, match="lora is an adapter"):
+        open_full(uri)
+
+
+def test_open_model_folder_of_a_plain_address_is_the_stores(tmp_path: Path) -> None:
+    uri = model_in(tmp_path / "model")
+    assert open_model_folder(uri) == open_folder(uri)
+
+
+def test_open_model_folder_of_a_vocabularys_address_is_its_view(tmp_path: Path) -> None:
+    uri = model_in(tmp_path / "model")
+    address = Vocabulary(aligned=uri, base=uri).address(uri)
+    folder = open_model_folder(address)
+    assert folder.uri == address
+    assert folder.files().keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert open_full(address).folder.uri == address
+
+
+def test_memory_of_headers_is_that_of_their_tensors(tmp_path: Path) -> None:
+    factors = {"m.lora_A.weight": torch.ones(1, 2), "m.lora_B.weight": torch.ones(3, 1), "n.bias": torch.ones(3)}
+    adapter = str(write_adapter(tmp_path / "lora", {"bias": "all"}, factors))
+    model = model_in(tmp_path / "model")
+    assert memory_bytes(open_model(adapter)) == 3 * TENSOR_BYTES
+    assert memory_bytes(open_model(model)) == memory_bytes(open_curvature(model)) == 2 * TENSOR_BYTES
+
+
+def test_memory_of_an_fp8_models_headers_is_also_that_of_its_view(tmp_path: Path) -> None:
+    write_model(tmp_path, CONFIG, {"m.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "norm": torch.ones(2)})
+    assert memory_bytes(open_model(str(tmp_path))) == 2 * (TENSOR_BYTES + VIEW_BYTES)
+
+
+def test_memory_of_a_model_in_another_vocabulary_is_also_that_of_its_runs_of_rows(tmp_path: Path) -> None:
+    aligned, padded = model_in(tmp_path / "aligned"), model_in(tmp_path / "padded", VOCAB_SIZE + 8)
+    address = Vocabulary(aligned=aligned, base=aligned).address(padded)
+    # All rows of the embedding follow each other in `padded`.
+    assert memory_bytes(open_model(address)) == 2 * (TENSOR_BYTES + VIEW_BYTES) + RUN_BYTES
