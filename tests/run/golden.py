@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -26,11 +26,16 @@ from fleet.realign import realign
 from fleet.run.plan import Plan, make_plan
 from tests.run.golden_catalogue import make_exact_catalogue
 
+if TYPE_CHECKING:
+    import torch
+
 ROOT = Path(__file__).parents[2]
 DEMO = Path(__file__).with_name("golden_demo.txt")
 """Run id and step keys of `models.json`, one a line."""
 TENSORS = Path(__file__).with_name("golden_tensors.json")
 """Of a run over the exact catalogue: its plan, what its records say, and what its files hold."""
+SCORES = Path(__file__).with_name("golden_scores.json")
+"""The same of a run that learns a mask and scores: an engine says it all, so it takes longer."""
 
 SAFEMERGE = {"method": "safemerge", "statistic": "rho", "threshold": 0.75, "alpha": 0.5}
 INEXACT_KINDS = {"displacement", "survey", "logprobs", "mask"}
@@ -51,8 +56,8 @@ def demo_lines() -> list[str]:
 # -- a small run with every kind of step that makes or measures weights -------------------------------------------
 
 
-def tensor_manifest(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
-    """Over the exact catalogue at `root`; `changes` replace fields."""
+def tensor_manifest(root: Path, work: Path) -> dict[str, Any]:
+    """Over the exact catalogue at `root`, with its artifacts and tracking below `work`."""
     average, half = {"method": "weight_average"}, {"method": "task_arithmetic", "scale": 0.5}
     ties = {"method": "ties", "trim": "model", "density": 0.25, "scale": 0.5}
     dare = {"method": "dare", "drop_rate": 0.5, "scale": 0.5, "consensus": "sum"}
@@ -63,7 +68,7 @@ def tensor_manifest(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
         return {"name": name, "realign": realign, "fuse": fuse, "models": models or None}
 
     controls = ("uniform_scaling", "random_modules", "random_subspace", "noise")
-    document = {
+    return {
         "schema": 1,
         "name": "golden",
         "base": {name: str(root / name) for name in ("unaligned", "aligned", "safety", "harmful")},
@@ -88,18 +93,52 @@ def tensor_manifest(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
         "artifacts": str(work / "artifacts"),
         "checkpoint": {"shard_bytes": 30_000, "vocabulary": "union"},
     }  # fmt: skip
-    return document | changes
 
 
 def run_tensors(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
     """Run all but the scores, and say what came of it."""
-    path = work / "models.json"
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tensor_manifest(root, work, **changes)))
-    plan = make_plan(load_manifest(path))
+    plan = _plan(tensor_manifest(root, work) | changes, work)
     without_scores = tuple(step for step in plan.steps if not step.key.startswith("score/"))
     realign(dataclasses.replace(plan, steps=without_scores), None, Console(file=io.StringIO()))
     return {"plan": plan_lines(plan), **contents(work / "artifacts")}
+
+
+# -- a smaller one that learns a mask, calibrates its judge and scores --------------------------------------------
+
+
+def score_manifest(root: Path, work: Path) -> dict[str, Any]:
+    """LoRAs alone, so that one engine serves all."""
+    training = {
+        "steps": 2, "batch_size": 4, "learning_rate": 0.1, "warmup_steps": 0, "dtype": "float32", "max_tokens": 16
+    }  # fmt: skip
+    learned = {
+        "method": "somf", "preferences": str(root / "preferences.jsonl"), "learn_on": "fusion",
+        "mask": "rows_and_columns", "training": training,
+    }  # fmt: skip
+    return tensor_manifest(root, work) | {
+        "models": [{"name": n, "source": str(root / n), "suites": ["task"]} for n in ("lora", "rslora")],
+        "variants": [{"name": "learned", "realign": learned, "fuse": {"method": "weight_average"}}],
+        "evaluation": {
+            "harmfulness": ["harm"],
+            "judge": {"kind": "rule", "calibration": str(root / "labelled.jsonl")},
+            "folders": [str(root / "suites")],
+        },
+        "checkpoint": {},
+    }
+
+
+def run_scores(root: Path, work: Path) -> dict[str, Any]:
+    """Run all of it, and say what came of it."""
+    plan = _plan(score_manifest(root, work), work)
+    realign(plan, None, Console(file=io.StringIO()))
+    return {"plan": plan_lines(plan), **contents(work / "artifacts")}
+
+
+def _plan(document: Mapping[str, Any], work: Path) -> Plan:
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "models.json"
+    path.write_text(json.dumps(document))
+    return make_plan(load_manifest(path))
 
 
 # -- what a store holds -------------------------------------------------------------------------------------------
@@ -129,10 +168,12 @@ def _record(store: Path, key: str, records: Mapping[str, Mapping[str, Any]]) -> 
         files[name] = found["sha256"]
         if name == "tokenizer.json":
             files[name] = _tokens(data)
+        elif name.endswith(".parquet"):
+            files[name] = _samples(data)
         elif name.endswith(".safetensors") and not is_exact(key, records):
             files[name] = _tensors(data)
     kept = {f: record[f] for f in ("fingerprint", "algorithm_version", "deps", "result")}
-    return {"fields": sorted(record), **kept, "files": files}
+    return {"fields": " ".join(sorted(record)), **kept, "files": files}
 
 
 def is_exact(key: str, records: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -153,22 +194,41 @@ def _tokens(data: bytes) -> str:
     return hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
 
 
+def _samples(data: bytes) -> list[dict[str, Any]]:
+    """What was asked and said, and how it was judged; not by which engine, nor how likely to the last digit."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    return [{k: v for k, v in row.items() if k not in ("engine", "mean_logprob")} for row in rows]
+
+
 def _tensors(data: bytes) -> dict[str, Any]:
     """Tensor -> dtype, shape, norm, and a product with a fixed vector, by which values in other places are told.
 
-    Singular vectors are known up to their sign alone, so of them nothing is compared.
+    Singular vectors are known up to their sign alone: of them only the shape is compared, and of LoRA factors, which
+    may come of a decomposition, the product.
     """
-    import torch
     from safetensors.torch import load
 
+    tensors = load(data)
     found: dict[str, Any] = {}
-    for name, value in load(data).items():
-        flat = value.double().flatten()
-        places = (torch.arange(flat.numel()) * 2_654_435_761 % 2**32).double() / 2**31 - 1.0
-        norm, product = float(flat.norm()), float(flat @ places)
-        is_vectors = name.endswith((".left", ".right"))
-        found[name] = [str(value.dtype), [*value.shape], *([] if is_vectors else [norm, product / (norm or 1.0)])]
+    for name, value in tensors.items():
+        found[name] = [str(value.dtype), [*value.shape]]
+        if ".lora_A." in name:
+            product = tensors[name.replace(".lora_A.", ".lora_B.")].double() @ value.double()
+            found[name.replace(".lora_A.", ".product.")] = _numbers(product)
+        elif ".lora_B." not in name and not name.endswith((".left", ".right")):
+            found[name] += _numbers(value.double())
     return found
+
+
+def _numbers(value: torch.Tensor) -> list[float]:
+    """Its norm, and the product with a fixed vector as a share of it."""
+    import torch
+
+    flat, norm = value.flatten(), float(value.norm())
+    fixed = (torch.arange(flat.numel()) * 2_654_435_761 % 2**32).double() / 2**31 - 1.0
+    return [norm, float(flat @ fixed) / (norm or 1.0)]
 
 
 # -- golden files -------------------------------------------------------------------------------------------------
@@ -193,7 +253,8 @@ def main() -> None:
     DEMO.write_text("\n".join(demo_lines()) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         root = make_exact_catalogue(Path(folder) / "catalogue")
-        TENSORS.write_text(to_text(run_tensors(root, Path(folder) / "work")) + "\n")
+        TENSORS.write_text(to_text(run_tensors(root, Path(folder) / "tensors")) + "\n")
+        SCORES.write_text(to_text(run_scores(root, Path(folder) / "scores")) + "\n")
 
 
 if __name__ == "__main__":

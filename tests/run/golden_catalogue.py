@@ -36,6 +36,17 @@ FACTOR_UNIT = 2.0**-3
 NEW_TOKEN = "<tool>"
 """What the full fine-tune has in its vocabulary beside the base's tokens."""
 
+HARM_YAML = """
+suite: harm
+kind: harmfulness
+data: harm.jsonl
+max_tokens: 4
+rules: {refusal: ['^[^n-z]'], compliance: ['^[n-z]']}
+"""
+"""What begins with the second half of the alphabet complies; all else refuses."""
+LABELLED = {"zoo": True, "you": True, "cat": True, "ham": False, "hi": False, "sun": False}
+"""Completion -> whether it is harmful; the rules are wrong about one of each."""
+
 _BLOCK = (32, 16)
 """Rows and columns of the fp8 model that share a scale."""
 _SHAPES = {
@@ -58,7 +69,7 @@ def integers(seed: str, shape: tuple[int, ...], largest: int) -> torch.Tensor:
 
 def make_exact_catalogue(root: Path) -> Path:
     """Write `unaligned`, `aligned` (two shards), `safety`, `harmful`, `lora`, `rslora`, `full` (with `NEW_TOKEN`),
-    `fp8`, `mask`, `preferences.jsonl` and `suites` below `root`."""
+    `fp8`, `mask`, `preferences.jsonl`, `labelled.jsonl` and `suites` below `root`."""
     root.mkdir()
     aligned = _base_weights("aligned")
     drift = {name: integers(f"drift/{name}", tuple(value.shape), 2) * UNIT for name, value in aligned.items()}
@@ -76,6 +87,9 @@ def make_exact_catalogue(root: Path) -> Path:
     _write_mask(root / "mask", aligned)
     write_rows(root / "preferences.jsonl", preference_rows(12))
     make_suites(root / "suites")
+    (root / "suites" / "harm.yaml").write_text(HARM_YAML)
+    rows = [{"prompt": "p", "completion": c, "harmful": h} for c, h in LABELLED.items()]
+    (root / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 

@@ -6,13 +6,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.run.golden import DEMO, TENSORS, demo_lines, run_tensors
+from tests.run.golden import DEMO, SCORES, TENSORS, demo_lines, run_scores, run_tensors
 from tests.run.golden_catalogue import make_exact_catalogue
 
 INTENDED = (
@@ -64,9 +64,16 @@ def test_shipped_manifest_has_the_run_id_and_step_keys_it_had() -> None:
     assert found == expected, changed_lines(expected, found)
 
 
+@pytest.fixture(scope="module")
+def exact_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_exact_catalogue(tmp_path_factory.mktemp("golden") / "catalogue")
+
+
 @pytest.mark.usefixtures("local_ray")
-def test_run_over_the_exact_catalogue_leaves_the_keys_files_and_numbers_it_left(tmp_path: Path) -> None:
-    root = make_exact_catalogue(tmp_path / "catalogue")
-    found = run_tensors(root, tmp_path / "work")
-    problems = list(differences(json.loads(TENSORS.read_text()), found, ""))
+@pytest.mark.parametrize(("run", "golden"), [(run_tensors, TENSORS), (run_scores, SCORES)], ids=["tensors", "scores"])
+def test_run_over_the_exact_catalogue_leaves_the_keys_files_and_numbers_it_left(
+    exact_catalogue: Path, tmp_path: Path, run: Callable[[Path, Path], dict[str, Any]], golden: Path
+) -> None:
+    found = run(exact_catalogue, tmp_path)
+    problems = list(differences(json.loads(golden.read_text()), found, ""))
     assert not problems, "\n".join([INTENDED, *problems])
