@@ -90,7 +90,9 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
     """
     if address is None and "RAY_ADDRESS" not in os.environ:
         lock_local_ray()
-    from fleet.report.report import make_report, print_report, write_report
+    from fleet.report.files import write_report
+    from fleet.report.gather import make_report
+    from fleet.report.table import print_report
     from fleet.report.tracking import Tracker
     from fleet.run.cluster import start_ray
     from fleet.run.coordinator import Coordinator, RunResult

@@ -1,7 +1,7 @@
-"""The last published model's eval logs, read back through the store that they were written to.
+"""The scores of the model that was published last, read back from the store they were written to.
 
-The registry's version with the alias `realigned` carries where they are: the store, and the key of each suite's score
-step.
+The registry's version with the alias `realigned` carries a tag that says where they are: the store, and the key of each
+suite's score step.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from evals.logs import EvalLog
 from evals.suites import Suite
 from fleet.core.errors import EvalError, SourceError, StoreError
-from fleet.steps.record import Record, attempt_prefix, read_record_at
-from fleet.store import Store, open_store
+from fleet.core.frozen import Frozen
+from fleet.report.results import read_log
+from fleet.steps.record import read_record_at
+from fleet.store import open_store
 
 
-class ScoreKeys(BaseModel):
-    """Where the scores of a registered version are: a tag of it, as JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ScoreKeys(Frozen):
+    """Where the scores of a registered version are; a tag of that version holds this as JSON."""
 
     store: str
     """URI."""
@@ -31,24 +31,25 @@ class ScoreKeys(BaseModel):
 
 @dataclass(frozen=True)
 class Published:
-    """A version of the registry that tonight's fused models are held against."""
+    """A version of the registry that this run's fused models are compared with."""
 
     version: str
     identity: str
-    """The fingerprint of the step that made it; empty if nothing says."""
+    """The fingerprint of the step that made it; empty if the version doesn't say."""
     scores: ScoreKeys | None
-    """None if nothing says where they are."""
+    """None if the version doesn't say where they are."""
 
 
 def read_published(
     published: Published, suites: Iterable[Suite], aligned: Mapping[str, EvalLog]
 ) -> tuple[dict[str, EvalLog], str | None]:
-    """The logs that tonight's can be compared with, by suite, and one line that says which others cannot, and why.
+    """The published model's logs that this run's can be compared with, by suite; and one line that says on which suites
+    there is none, and why, or None.
 
     Args:
         published: What was published last.
-        suites: The suites to compare on, as they are tonight.
-        aligned: Suite name -> tonight's log of the aligned model, which says how tonight's are judged.
+        suites: The suites to compare on, as they are in this run.
+        aligned: Suite name -> this run's log of the aligned model, which says what judges in this run.
     """
     logs: dict[str, EvalLog] = {}
     reasons: dict[str, str] = {}
@@ -65,7 +66,7 @@ def read_published(
 
 
 def _comparable(scores: ScoreKeys | None, suite: Suite, aligned: EvalLog | None) -> EvalLog | str:
-    """Its log on a suite, or why tonight's cannot be compared with it."""
+    """The published model's log on a suite, or why this run's logs cannot be compared with it."""
     if scores is None:
         return "its version doesn't say where its scores are"
     if suite.name not in scores.keys:
@@ -85,10 +86,3 @@ def _comparable(scores: ScoreKeys | None, suite: Suite, aligned: EvalLog | None)
     if aligned is not None and log.settings.get("judge") != aligned.settings.get("judge"):
         return "the judge has changed"
     return log
-
-
-def read_log(store: Store, record: Record) -> EvalLog | None:
-    """The whole log of a score step; None if a part of it is gone."""
-    prefix = attempt_prefix(record, record.attempt)
-    files = [data for name in sorted(record.files) if (data := store.read(f"{prefix}/{name}")) is not None]
-    return EvalLog.read(record.result, files) if len(files) == len(record.files) else None

@@ -1,4 +1,4 @@
-"""RunReport -> MLflow: one parent run per run, one child per candidate. The only place that imports mlflow.
+"""Report -> MLflow: one parent run per run, one child per candidate. The only place that imports mlflow.
 
 The store's records come first; MLflow is a view of them. It is asked before any work whether it is there, and an outage
 at the end is reported and mended by typing the same command again.
@@ -24,24 +24,12 @@ from pydantic import ValidationError
 
 from fleet.core.errors import InputError, TrackingError
 from fleet.core.identity import Json
+from fleet.report.files import report_files
+from fleet.report.model import CandidateRow, Report
 from fleet.report.published import Published, ScoreKeys
-from fleet.report.report import (
-    MODULES_HTML,
-    REPORT_HTML,
-    REPORT_JSON,
-    Row,
-    RunReport,
-    modules_html,
-    report_html,
-    report_json,
-)
+from fleet.report.results import own_steps
 from fleet.run.plan import Plan
-from fleet.steps.base import Step
-from fleet.steps.builder import Candidate
-from fleet.steps.mask import MaskStep
-from fleet.steps.realign import RealignStep
-from fleet.steps.record import Record, to_bytes
-from fleet.steps.sources import Source
+from fleet.steps.record import Record, Step, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +128,7 @@ class Tracker:
         self._trainings[step.key] = run.info.run_id
         return run.info.run_id
 
-    def finish(self, report: RunReport, records: Mapping[str, Record], failed: bool) -> None:
+    def finish(self, report: Report, records: Mapping[str, Record], failed: bool) -> None:
         """Log every candidate with its records as a child run, the report, and the registry; end the parent run.
 
         Raises:
@@ -154,9 +142,9 @@ class Tracker:
                 "everything is in the store: type the same command again to track it"
             ) from e
 
-    def _finish(self, report: RunReport, records: Mapping[str, Record], failed: bool) -> None:
+    def _finish(self, report: Report, records: Mapping[str, Record], failed: bool) -> None:
         for row, candidate in zip(report.rows, self._plan.candidates, strict=True):
-            self._candidate(row, [r for s in _steps_of(candidate) if (r := records.get(s.key))])
+            self._candidate(row, [r for s in own_steps(candidate) if (r := records.get(s.key))])
         for run_id in self._trainings.values():
             self._client.set_terminated(run_id)
         metrics = {
@@ -167,14 +155,13 @@ class Tracker:
             "run_seconds": report.seconds,
         }
         self._log_metrics(self.run_id, {name: float(value) for name, value in metrics.items()})
-        self._text(self.run_id, REPORT_JSON, report_json(report).decode())
-        self._text(self.run_id, REPORT_HTML, report_html(report))
-        self._text(self.run_id, MODULES_HTML, modules_html(self._plan, records))
+        for name, content in report_files(self._plan, report, records).items():
+            self._text(self.run_id, name, content.decode())
         if self._plan.manifest.tracking.register_as is not None:
             self._register(self._plan.manifest.tracking.register_as, report)
         self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
 
-    def _candidate(self, row: Row, records: list[Record]) -> None:
+    def _candidate(self, row: CandidateRow, records: list[Record]) -> None:
         key = f"{self._plan.run_id}/{row.name}"
         tags = {
             "mlflow.parentRunId": self.run_id,
@@ -205,7 +192,7 @@ class Tracker:
             self._client.set_tag(run.info.run_id, name, value)
         self._client.set_terminated(run.info.run_id)
 
-    def _register(self, name: str, report: RunReport) -> None:
+    def _register(self, name: str, report: Report) -> None:
         """A version per fused variant; the alias `realigned` on the best that passed, or on none."""
         if self._registered(name) is None:
             self._client.create_registered_model(name, description=f"Realigned and fused models of {report.name}")
@@ -267,7 +254,7 @@ class Tracker:
             scores = None
         return Published(str(version.version), version.tags.get("fleet.identity", ""), scores)
 
-    def _withdraw_alias(self, name: str, known: dict[str, str], report: RunReport) -> None:
+    def _withdraw_alias(self, name: str, known: dict[str, str], report: Report) -> None:
         """Take the alias from a version of this run that no longer passes."""
         failed = {str(known[r.identity]) for r in report.rows if r.identity in known and r.gate != "pass"}
         if str(self._client.get_registered_model(name).aliases.get(_ALIAS)) in failed:
@@ -291,14 +278,6 @@ class Tracker:
 
     def _text(self, run_id: str, name: str, text: str) -> None:
         self._client.log_text(run_id, text, name)
-
-
-def _steps_of(candidate: Candidate) -> list[Step]:
-    """What was done for this candidate alone: its weights, what they were decided by, and its scores."""
-    made = [] if isinstance(candidate.weights, Source) else [candidate.weights]
-    surveys = [step.survey for step in made if isinstance(step, RealignStep)]
-    masks = [step.mask for step in made if isinstance(step, RealignStep) and isinstance(step.mask, MaskStep)]
-    return [*surveys, *masks, *made, *candidate.scores.values()]
 
 
 def metric_prefix(kind: str, suite: str) -> str:

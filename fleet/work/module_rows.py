@@ -1,4 +1,4 @@
-"""A realigned model's modules, row by row: what was measured, what was decided, what was done."""
+"""What a realign step's record says of each module: what was measured, what was decided, what was done."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from fleet.methods import Decision, ModuleStatistics
 def module_rows(
     modules: Sequence[ModuleStatistics], decisions: Sequence[Decision], edits: Mapping[str, Mapping[str, Json]]
 ) -> list[dict[str, Json]]:
-    """One row per module of a realigned model: what was measured, what was decided, what was done.
+    """One row per module of a realigned model, in the order of `modules`.
 
     Args:
-        edits: module -> what the worker wrote of its edit; none for a module left alone.
+        modules: What the survey measured. The statistics are rounded to six digits.
+        decisions: What the method decided about each of `modules`, in the same order.
+        edits: Module -> what the worker wrote of its edit, which goes into the row as it is; none for a module that was
+            left alone.
+
+    Raises:
+        ValueError: there are not as many decisions as modules.
     """
     rows: list[dict[str, Json]] = []
     for statistics, decision in zip(modules, decisions, strict=True):

@@ -16,8 +16,10 @@ from mlflow.tracking import MlflowClient
 from evals.calibration import Calibration
 from evals.suites import Suite
 from fleet.manifest import load_manifest
+from fleet.report.gather import make_report
+from fleet.report.model import Report
+from fleet.report.pages import report_html
 from fleet.report.published import Published, ScoreKeys
-from fleet.report.report import RunReport, make_report, report_html
 from fleet.report.tracking import Tracker
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
@@ -58,12 +60,12 @@ class Nights:
 
         return RunResult(records=write_scores(plan, scores))
 
-    def night(self, scale: float, harm: Sequence[float], **evaluation: Any) -> RunReport:
+    def night(self, scale: float, harm: Sequence[float], **evaluation: Any) -> Report:
         """Such a night, tracked and registered."""
         plan = self.plan(scale, **evaluation)
         return self.track(plan, self.result(plan, harm))
 
-    def track(self, plan: Plan, result: RunResult) -> RunReport:
+    def track(self, plan: Plan, result: RunResult) -> Report:
         tracker = Tracker(plan)
         report = make_report(plan, result, tracker.published)
         tracker.start()
@@ -117,7 +119,7 @@ def test_command_typed_again_after_it_published_gives_the_same_verdicts(nights: 
     assert verdicts(nights.night(0.6, HARMLESS)) == verdicts(second)
 
 
-def verdicts(report: RunReport) -> object:
+def verdicts(report: Report) -> object:
     return report.published, report.best, report.rows
 
 
@@ -180,8 +182,8 @@ def test_suite_that_can_no_longer_be_compared_is_left_out_with_one_warning(
     assert report.warning is not None
     assert report.warning.startswith("not compared with the published model (version 1): harm")
     assert why in report.warning and ";" not in report.warning, "the task's drop is no gate here"
-    assert html.escape(report.warning) in report_html(report)
-    assert html.escape(report.warning) not in report_html(report.model_copy(update={"warning": None}))
+    assert report.warning in html.unescape(report_html(report))
+    assert report.warning not in html.unescape(report_html(report.model_copy(update={"warning": None})))
 
 
 def changed_suites(nights: Nights, name: str) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from rich.console import Console
 from evals.calibration import Calibration
 from evals.evidence import CorrectedRate, RateEvidence
 from evals.rates import Rate
-from evals.suites import Suite
+from evals.suites import Suite, SuiteKind
 from fleet.core.errors import SuiteError
 from fleet.manifest import load_manifest
-from fleet.report.report import Kind, Row, RunReport, Score, make_report, method_summaries, print_report, report_html
+from fleet.report.gather import make_report, method_summaries
+from fleet.report.model import CandidateRow, Report, Score
+from fleet.report.pages import report_html
+from fleet.report.table import print_report
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
 from fleet.steps.builder import Candidate, Role
@@ -46,8 +49,10 @@ def test_suite_whose_file_calls_it_otherwise_refused(catalogue: Path, tmp_path: 
         make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
 
 
-def row_of(name: str, role: Role, scores: dict[Kind, list[float | None]], edit_norm: float | None = None) -> Row:
-    return Row(
+def row_of(
+    name: str, role: Role, scores: dict[SuiteKind, list[float | None]], edit_norm: float | None = None
+) -> CandidateRow:
+    return CandidateRow(
         name=name, role=role, models=(name.split(".")[0],), parameters={}, weights=None, identity="", gate=None,
         reasons=(), edit_norm=edit_norm,
         scores=tuple(Score(suite=k, kind=k, rate=Rate.of(v), samples="") for k, v in scores.items()),
@@ -78,7 +83,7 @@ def small_plan(catalogue: Path, tmp_path: Path, **evaluation: Any) -> Plan:
     return make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
 
 
-def printed(report: RunReport) -> str:
+def printed(report: Report) -> str:
     console = Console(file=io.StringIO(), width=300)
     print_report(report, console)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from fleet.report.attribution import attribution_page
 
 from fleet.checkpoint.model import read_model
-from fleet.report.attribution import attribution_page
-from fleet.report.report import make_report, report_html, write_report
+from fleet.report.files import write_report
+from fleet.report.gather import make_report
+from fleet.report.pages import report_html
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan
 from fleet.steps.realign import RealignStep

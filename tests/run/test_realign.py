@@ -26,7 +26,7 @@ from evals.logs import read_samples
 from fleet.core.errors import TrackingError
 from fleet.manifest import load_manifest
 from fleet.realign import main
-from fleet.report.report import make_report
+from fleet.report.gather import make_report
 from fleet.report.tracking import Tracker, metric_prefix
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import make_plan

@@ -23,7 +23,7 @@ from evals.engine import EngineOptions, engine_env
 from evals.logs import EvalLog, Sample, read_origin, read_samples, write_samples
 from fleet.core.errors import InputError
 from fleet.manifest import load_manifest
-from fleet.report.report import make_report
+from fleet.report.gather import make_report
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
 from fleet.run.pool import Outcome, Pool

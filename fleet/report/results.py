@@ -1,0 +1,101 @@
+"""What the steps of a run left, as a report reads it. Of this room, only this module knows the kinds of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from evals.calibration import Calibration
+from evals.logs import EvalLog
+from fleet.steps.builder import Candidate, MaskStep, RealignStep, Source
+from fleet.steps.record import Record, Step, attempt_prefix
+from fleet.store import Store
+
+
+class ModuleRow(BaseModel):
+    """One module of a realigned model (written by `fleet.work.module_rows`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    module: str
+    edit: bool
+    """Whether the module was changed."""
+    reason: str
+    lift: float | None = None
+    rho: float | None = None
+    rho_z: float | None = None
+    cosine: float | None = None
+    delta_norm: float | None = None
+    edit_norm: float | None = None
+    energy_kept: float | None = None
+    rank: int | None = None
+    recompression_residual: float | None = None
+    directions: tuple[tuple[float, float], ...] = ()
+    """Before and after the edit, for each leading direction of V: its share of ‖ΔW_before‖²."""
+
+
+class Edit(BaseModel):
+    """What a realign step did to one model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    modules: tuple[ModuleRow, ...]
+    edit_norm: float | None = None
+    """‖ΔW_after − ΔW_before‖, Frobenius, over all modules."""
+    warning: str | None = None
+    """What the method says a reviewer should know about this model."""
+
+
+def edit_of(candidate: Candidate, records: Mapping[str, Record]) -> Edit | None:
+    """None of a candidate that is not realigned, whose step failed, or that has no module."""
+    weights = candidate.weights
+    record = records.get(weights.key) if isinstance(weights, RealignStep) else None
+    edit = None if record is None else Edit.model_validate(record.result)
+    return edit if edit is not None and edit.modules else None
+
+
+def module_tables(candidates: Iterable[Candidate], records: Mapping[str, Record]) -> dict[str, Sequence[ModuleRow]]:
+    """Name of each realigned candidate -> its modules."""
+    return {c.name: edit.modules for c in candidates if (edit := edit_of(c, records)) is not None}
+
+
+def weights_uri(candidate: Candidate, records: Mapping[str, Record], store: Store) -> str | None:
+    """Where a candidate's weights are; None if the step that makes them failed."""
+    weights = candidate.weights
+    if isinstance(weights, Source):
+        return weights.uri
+    record = records.get(weights.key)
+    return None if record is None else files_uri(weights, record, store)
+
+
+def files_uri(step: Step, record: Record, store: Store) -> str:
+    """The folder of the files that a step wrote."""
+    return f"{store.uri}/{attempt_prefix(step, record.attempt)}"
+
+
+def read_log(store: Store, record: Record) -> EvalLog | None:
+    """The log of a score step, with all its samples; None if one of its files is gone.
+
+    Raises:
+        EvalError: a file is damaged.
+        pydantic.ValidationError: the record is not of a score step.
+    """
+    prefix = attempt_prefix(record, record.attempt)
+    files = [data for name in sorted(record.files) if (data := store.read(f"{prefix}/{name}")) is not None]
+    return EvalLog.read(record.result, files) if len(files) == len(record.files) else None
+
+
+def judge_calibration(steps: Iterable[Step], records: Mapping[str, Record]) -> Calibration | None:
+    """The judge's errors on labelled rows; None if nobody asked for them to be counted, or counting them failed."""
+    found = (records.get(step.key) for step in steps if step.kind == "calibrate")
+    return next((Calibration.model_validate(record.result) for record in found if record is not None), None)
+
+
+def own_steps(candidate: Candidate) -> list[Step]:
+    """The steps that are about this candidate: its survey, its mask, what makes its weights, and its scores."""
+    made = [] if isinstance(candidate.weights, Source) else [candidate.weights]
+    realigned = [step for step in made if isinstance(step, RealignStep)]
+    surveys = [step.survey for step in realigned]
+    masks = [step.mask for step in realigned if isinstance(step.mask, MaskStep)]
+    return [*surveys, *masks, *made, *candidate.scores.values()]
