@@ -5,10 +5,10 @@ Everything that a template shows is escaped (jinja2's autoescape), and a name it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -59,11 +59,18 @@ MODULE_COLUMNS = (
 )
 """Those of every modules page; one for each leading direction of V comes after them."""
 
+_WORDING: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (counts_text, method_cells, norm_text, parameters_text, rate_text, score_notes)
+}
+"""What the report's template calls."""
+
 
 def report_html(report: Report) -> str:
     """The report: the chart, the table, and what is behind each number. A link leads to the modules page beside it."""
     template = _templates().get_template("report.html.j2")
     return template.render(
+        **_WORDING,
         report=report,
         chart=chart_html(report),
         suites=[suite for _, suite in suite_columns(report)],
@@ -102,10 +109,6 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals |= {
-        function.__name__: function
-        for function in (counts_text, method_cells, norm_text, parameters_text, rate_text, score_notes)
-    }
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     return templates
 

@@ -1,7 +1,7 @@
-"""Report -> MLflow: one parent run per run, one child per candidate. The only place that imports mlflow.
+"""Report -> MLflow: one parent run per run, one child run per candidate. The only place that imports mlflow.
 
-The store's records come first; MLflow is a view of them. It is asked before any work whether it is there, and an outage
-at the end is reported and mended by typing the same command again.
+The store's records come first and MLflow only shows them. It is asked whether it is there before any work begins; if it
+goes away at the end, the command says so, and the same command typed again writes what is missing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from typing import cast
 
+# mlflow reads its environment when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow.entities import Metric, Param, Run
-from mlflow.entities.model_registry import RegisteredModel
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
@@ -34,22 +36,28 @@ from fleet.steps.record import Record, Step, to_bytes
 logger = logging.getLogger(__name__)
 
 _KEY_TAG = "fleet.key"
-"""Tag with what a run is of; a run killed and typed again finds its own by it."""
+"""Of a run: what it is of, unique in an experiment. By it a command that is typed again finds its runs."""
 
-_ALIAS = "realigned"
-"""Of the registered version that is published."""
+_IDENTITY_TAG = "fleet.identity"
+"""Of a run and of a registered version: the digest of the weights, or of the step that makes them."""
+
+_GATE_TAG = "fleet.gate"
+"""Of a run and of a registered version: the gates' verdict; empty for base models."""
 
 _SCORES_TAG = "fleet.scores"
-"""Of a registered version: its `ScoreKeys`."""
+"""Of a registered version: its `ScoreKeys` as JSON."""
 
 _PUBLISHED_BY_TAG = "fleet.published_by"
-"""Of a registered version: the run that published it last."""
+"""Of a registered version: id of the run that published it last."""
 
 _PUBLISHED_AFTER_TAG = "fleet.published_after"
-"""Of a registered version: the version that was published before it, and that it was held against."""
+"""Of a registered version: the version that was published before it, which it was compared with; or empty."""
+
+_ALIAS = "realigned"
+"""The registry's alias of the version that is published."""
 
 _PARAM_CHARS = 6000
-"""MLflow's own limit of a parameter's value."""
+"""MLflow's limit of a parameter's value, in characters."""
 
 
 class Tracker:
@@ -74,7 +82,8 @@ class Tracker:
             self._experiment = (
                 experiment.experiment_id if experiment else self._client.create_experiment(tracking.experiment)
             )
-            self.published = self._last_published()
+            self._registry = _Registry(self._client, tracking.register_as, plan) if tracking.register_as else None
+            self.published = self._registry.last_published() if self._registry else None
             """What was published when the run began."""
         except MlflowException as e:
             raise InputError(f"tracking.uri: {tracking.uri} doesn't answer as an MLflow store: {e.message}") from e
@@ -83,8 +92,9 @@ class Tracker:
                 f"tracking.experiment: {tracking.experiment} was deleted in MLflow; restore it, or choose another name"
             )
         self.run_id = ""
+        """Of the parent run, once it is started."""
         self._trainings: dict[str, str] = {}
-        """Mask step -> the run of its training."""
+        """Step key -> id of the run with its curves."""
 
     @property
     def location(self) -> str:
@@ -95,7 +105,7 @@ class Tracker:
         return f"mlflow ui --backend-store-uri {tracking.uri}  (experiment {tracking.experiment}, run {self.run_id})"
 
     def start(self) -> None:
-        """Open the parent run of this plan, or the one an earlier, interrupted command opened."""
+        """Open the parent run of this plan, or the one that an earlier, interrupted command opened."""
         plan = self._plan
         run = self._find(plan.run_id) or self._create(
             plan.run_id, f"{plan.manifest.name} {plan.run_id}", {"fleet.name": plan.manifest.name}
@@ -110,29 +120,25 @@ class Tracker:
     def training(self, step: Step, measured: Mapping[str, float]) -> None:
         """Log one update or evaluation of a training, while it goes on, as a child run with a curve per metric.
 
-        Tracking is not what a training waits for: where MLflow fails, a warning is all.
+        If MLflow fails, this only warns: no training waits for it.
+
+        Args:
+            step: The step that trains.
+            measured: Metric -> value; `step` is the number of the update.
         """
         try:
             run_id = self._trainings.get(step.key) or self._start_training(step)
-            now, number = time.time_ns() // 1_000_000, int(measured["step"])
+            now, number = _milliseconds(), int(measured["step"])
             points = [Metric(name, value, now, number) for name, value in measured.items() if name != "step"]
             self._client.log_batch(run_id, metrics=points)
         except MlflowException as e:
             logger.warning("MLflow didn't take update %d of %s: %s", measured["step"], step.name, e.message)
 
-    def _start_training(self, step: Step) -> str:
-        key = f"{self._plan.run_id}/{step.key}"
-        tags = {"mlflow.parentRunId": self.run_id, "fleet.role": "mask", "fleet.identity": step.fingerprint}
-        run = self._find(key) or self._create(key, f"mask {step.name}", tags)
-        self._log_params(run, _flat(step.spec))
-        self._trainings[step.key] = run.info.run_id
-        return run.info.run_id
-
     def finish(self, report: Report, records: Mapping[str, Record], failed: bool) -> None:
         """Log every candidate with its records as a child run, the report, and the registry; end the parent run.
 
         Raises:
-            TrackingError: MLflow failed; what it has until then stays.
+            TrackingError: MLflow failed; what it was given until then stays there.
         """
         try:
             self._finish(report, records, failed)
@@ -143,13 +149,15 @@ class Tracker:
             ) from e
 
     def _finish(self, report: Report, records: Mapping[str, Record], failed: bool) -> None:
+        runs: dict[str, str] = {}
         for row, candidate in zip(report.rows, self._plan.candidates, strict=True):
-            self._candidate(row, [r for s in own_steps(candidate) if (r := records.get(s.key))])
+            found = [record for step in own_steps(candidate) if (record := records.get(step.key)) is not None]
+            runs[row.name] = self._candidate(row, found)
         for run_id in self._trainings.values():
             self._client.set_terminated(run_id)
         metrics = {
             "num_candidates": len(report.rows),
-            "num_passed": sum(r.gate == "pass" for r in report.rows),
+            "num_passed": sum(row.gate == "pass" for row in report.rows),
             "num_steps_computed": report.computed,
             "num_steps_cached": report.cached,
             "run_seconds": report.seconds,
@@ -157,108 +165,40 @@ class Tracker:
         self._log_metrics(self.run_id, {name: float(value) for name, value in metrics.items()})
         for name, content in report_files(self._plan, report, records).items():
             self._text(self.run_id, name, content.decode())
-        if self._plan.manifest.tracking.register_as is not None:
-            self._register(self._plan.manifest.tracking.register_as, report)
+        if self._registry is not None:
+            self._registry.register(report, runs, self.published)
         self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
 
-    def _candidate(self, row: CandidateRow, records: list[Record]) -> None:
+    def _start_training(self, step: Step) -> str:
+        key = f"{self._plan.run_id}/{step.key}"
+        tags = {"mlflow.parentRunId": self.run_id, "fleet.role": step.kind, _IDENTITY_TAG: step.fingerprint}
+        run = self._find(key) or self._create(key, f"{step.kind} {step.name}", tags)
+        self._log_params(run, _flat(step.spec))
+        self._trainings[step.key] = run.info.run_id
+        return run.info.run_id
+
+    def _candidate(self, row: CandidateRow, records: list[Record]) -> str:
+        """Log one candidate; returns the id of its run."""
         key = f"{self._plan.run_id}/{row.name}"
         tags = {
             "mlflow.parentRunId": self.run_id,
             "fleet.role": row.role,
-            "fleet.identity": row.identity,
-            "fleet.gate": row.gate or "",
+            _IDENTITY_TAG: row.identity,
+            _GATE_TAG: row.gate or "",
             "fleet.weights": row.weights or "",
         }
         run = self._find(key) or self._create(key, row.name, tags)
+        run_id: str = run.info.run_id
         self._log_params(run, {"role": row.role, "models": ", ".join(row.models), **_flat(row.parameters)})
-        metrics: dict[str, float] = {}
-        for score in row.scores:
-            metrics |= score.metrics(metric_prefix(score.kind, score.suite))
-        if row.incoherent is not None:
-            metrics |= row.incoherent.metrics("incoherent")
-        if row.edit_norm is not None:
-            metrics["edit_norm"] = row.edit_norm
-        if (accuracy := row.mean("task")) is not None:
-            metrics["task_accuracy_mean"] = accuracy
-        if (harm := row.mean("harmfulness")) is not None:
-            metrics["harmfulness_mean"] = harm
-        self._log_metrics(run.info.run_id, metrics)
+        self._log_metrics(run_id, _metrics(row))
         evidence = {"reasons": row.reasons, "samples": {s.suite: s.samples for s in row.scores}}
-        self._text(run.info.run_id, "evidence.json", json.dumps(evidence, indent=1))
+        self._text(run_id, "evidence.json", json.dumps(evidence, indent=1))
         for record in records:
-            self._text(run.info.run_id, f"records/{record.kind}.{record.name}.json", to_bytes(record).decode())
-        for name, value in tags.items():
-            self._client.set_tag(run.info.run_id, name, value)
-        self._client.set_terminated(run.info.run_id)
-
-    def _register(self, name: str, report: Report) -> None:
-        """A version per fused variant; the alias `realigned` on the best that passed, or on none."""
-        if self._registered(name) is None:
-            self._client.create_registered_model(name, description=f"Realigned and fused models of {report.name}")
-        known = {
-            v.tags.get("fleet.identity", ""): v.version for v in self._client.search_model_versions(f"name = '{name}'")
-        }
-        for row, candidate in zip(report.rows, self._plan.candidates, strict=True):
-            if row.role != "fused" or row.weights is None:
-                continue
-            if row.identity not in known:
-                run = self._find(f"{self._plan.run_id}/{row.name}")
-                version = self._client.create_model_version(
-                    name,
-                    row.weights,
-                    run_id=run.info.run_id if run else None,
-                    tags={"fleet.identity": row.identity},
-                )
-                known[row.identity] = version.version
-            keys = {score.suite: candidate.scores[score.suite].key for score in row.scores}
-            scores = ScoreKeys(store=self._plan.store.uri, keys=keys)
-            tags = {
-                "fleet.variant": row.name,
-                "fleet.gate": row.gate or "",
-                _SCORES_TAG: scores.model_dump_json(),
-            }
-            for tag, value in tags.items():
-                self._client.set_model_version_tag(name, known[row.identity], tag, value)
-        self._withdraw_alias(name, known, report)
-        if report.best is not None:
-            version = known[report.row(report.best).identity]
-            before = self.published.version if self.published is not None else ""
-            self._client.set_model_version_tag(name, version, _PUBLISHED_AFTER_TAG, before)
-            self._client.set_model_version_tag(name, version, _PUBLISHED_BY_TAG, self._plan.run_id)
-            self._client.set_registered_model_alias(name, _ALIAS, version)
-
-    def _registered(self, name: str) -> RegisteredModel | None:
-        try:
-            return self._client.get_registered_model(name)
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-
-    def _last_published(self) -> Published | None:
-        """The version with the alias. If this run gave it, typed before, then the one that it was held against: the
-        same command gives the same verdicts."""
-        name = self._plan.manifest.tracking.register_as
-        if name is None or (model := self._registered(name)) is None or _ALIAS not in model.aliases:
-            return None
-        versions = {str(v.version): v for v in self._client.search_model_versions(f"name = '{name}'")}
-        version = versions.get(str(model.aliases[_ALIAS]))
-        if version is not None and version.tags.get(_PUBLISHED_BY_TAG) == self._plan.run_id:
-            version = versions.get(version.tags.get(_PUBLISHED_AFTER_TAG, ""))
-        if version is None:
-            return None
-        try:
-            scores = ScoreKeys.model_validate_json(version.tags.get(_SCORES_TAG, ""))
-        except ValidationError:
-            scores = None
-        return Published(str(version.version), version.tags.get("fleet.identity", ""), scores)
-
-    def _withdraw_alias(self, name: str, known: dict[str, str], report: Report) -> None:
-        """Take the alias from a version of this run that no longer passes."""
-        failed = {str(known[r.identity]) for r in report.rows if r.identity in known and r.gate != "pass"}
-        if str(self._client.get_registered_model(name).aliases.get(_ALIAS)) in failed:
-            self._client.delete_registered_model_alias(name, _ALIAS)
+            self._text(run_id, f"records/{record.kind}.{record.name}.json", to_bytes(record).decode())
+        for name, value in tags.items():  # of a run that was found, they may have changed
+            self._client.set_tag(run_id, name, value)
+        self._client.set_terminated(run_id)
+        return run_id
 
     def _find(self, key: str) -> Run | None:
         runs = self._client.search_runs([self._experiment], filter_string=f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
@@ -268,21 +208,130 @@ class Tracker:
         return self._client.create_run(self._experiment, run_name=name, tags={_KEY_TAG: key, **tags})
 
     def _log_params(self, run: Run, params: dict[str, str]) -> None:
-        """A parameter can be set once; on a resumed run what is there already is the same."""
+        """MLflow sets a parameter only once. Those that a resumed run has already are the same."""
         new = [Param(k, v[:_PARAM_CHARS]) for k, v in params.items() if k not in run.data.params]
         self._client.log_batch(run.info.run_id, params=new)
 
     def _log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
-        now = time.time_ns() // 1_000_000
+        now = _milliseconds()
         self._client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
 
     def _text(self, run_id: str, name: str, text: str) -> None:
         self._client.log_text(run_id, text, name)
 
 
+class _Registry:
+    """One registered model: a version per fused variant, and the alias `realigned` on the one that is published."""
+
+    def __init__(self, client: MlflowClient, name: str, plan: Plan) -> None:
+        self._client = client
+        self._name = name
+        self._plan = plan
+
+    def last_published(self) -> Published | None:
+        """The version with the alias; None if there is none.
+
+        If it was this very run that published it (the command is typed again), the version that was published before:
+        so the same command gives the same verdicts.
+        """
+        model = self._model()
+        if model is None or (alias := _published_version(model)) is None:
+            return None
+        versions = {str(v.version): v for v in self._versions()}
+        version = versions.get(alias)
+        if version is not None and version.tags.get(_PUBLISHED_BY_TAG) == self._plan.run_id:
+            version = versions.get(version.tags.get(_PUBLISHED_AFTER_TAG, ""))
+        if version is None:
+            return None
+        try:
+            scores = ScoreKeys.model_validate_json(version.tags.get(_SCORES_TAG, ""))
+        except ValidationError:
+            scores = None
+        return Published(str(version.version), version.tags.get(_IDENTITY_TAG, ""), scores)
+
+    def register(self, report: Report, runs: Mapping[str, str], before: Published | None) -> None:
+        """A version of every fused variant; the alias on the best that passed.
+
+        If none passed, the alias stays where it was, unless that version is of this run and no longer passes.
+
+        Args:
+            report: Of the run.
+            runs: Candidate -> id of its MLflow run.
+            before: What was published when the run began.
+        """
+        if self._model() is None:
+            self._client.create_registered_model(self._name, description=f"Realigned and fused models of {report.name}")
+        known = {v.tags.get(_IDENTITY_TAG, ""): str(v.version) for v in self._versions()}
+        for row, candidate in zip(report.rows, self._plan.candidates, strict=True):
+            if row.role != "fused" or row.weights is None:
+                continue
+            if row.identity not in known:
+                known[row.identity] = self._create_version(row.weights, runs[row.name], row.identity)
+            keys = {score.suite: candidate.scores[score.suite].key for score in row.scores}
+            scores = ScoreKeys(store=self._plan.store.uri, keys=keys)
+            tags = {"fleet.variant": row.name, _GATE_TAG: row.gate or "", _SCORES_TAG: scores.model_dump_json()}
+            self._tag(known[row.identity], tags)
+        self._withdraw({known[r.identity] for r in report.rows if r.identity in known and r.gate != "pass"})
+        if report.best is not None:
+            version = known[report.row(report.best).identity]
+            after = before.version if before is not None else ""
+            self._tag(version, {_PUBLISHED_AFTER_TAG: after, _PUBLISHED_BY_TAG: self._plan.run_id})
+            self._client.set_registered_model_alias(self._name, _ALIAS, version)
+
+    def _withdraw(self, failed: set[str]) -> None:
+        """Take the alias away from a version of this run that no longer passes."""
+        if _published_version(self._client.get_registered_model(self._name)) in failed:
+            self._client.delete_registered_model_alias(self._name, _ALIAS)
+
+    def _model(self) -> RegisteredModel | None:
+        try:
+            return self._client.get_registered_model(self._name)
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def _versions(self) -> list[ModelVersion]:
+        return self._client.search_model_versions(f"name = '{self._name}'")
+
+    def _create_version(self, weights: str, run_id: str, identity: str) -> str:
+        version = self._client.create_model_version(self._name, weights, run_id=run_id, tags={_IDENTITY_TAG: identity})
+        return str(version.version)
+
+    def _tag(self, version: str, tags: Mapping[str, str]) -> None:
+        for tag, value in tags.items():
+            self._client.set_model_version_tag(self._name, version, tag, value)
+
+
 def metric_prefix(kind: str, suite: str) -> str:
-    """What the names of a suite's metrics begin with; MLflow takes no `+`, which stands before a template's name."""
+    """What the names of a suite's metrics begin with. MLflow takes no `+`, which stands before a template's name."""
     return f"{kind}.{suite.replace('+', '.')}"
+
+
+def _metrics(row: CandidateRow) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for score in row.scores:
+        metrics |= score.metrics(metric_prefix(score.kind, score.suite))
+    if row.incoherent is not None:
+        metrics |= row.incoherent.metrics("incoherent")
+    means = {
+        "edit_norm": row.edit_norm,
+        "task_accuracy_mean": row.mean("task"),
+        "harmfulness_mean": row.mean("harmfulness"),
+    }
+    return metrics | {name: value for name, value in means.items() if value is not None}
+
+
+def _published_version(model: RegisteredModel) -> str | None:
+    """The version that has the alias."""
+    # mlflow says only that it is a dict.
+    aliases = cast("dict[str, object]", model.aliases)  # pyright: ignore[reportUnknownMemberType]
+    return str(aliases[_ALIAS]) if _ALIAS in aliases else None
+
+
+def _milliseconds() -> int:
+    """Since 1970, as MLflow stamps metrics."""
+    return time.time_ns() // 1_000_000
 
 
 def _flat(value: dict[str, Json], prefix: str = "") -> dict[str, str]:

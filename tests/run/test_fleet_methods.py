@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fleet.report.attribution import attribution_page
 
 from fleet.checkpoint.model import read_model
 from fleet.report.files import write_report
@@ -162,13 +161,6 @@ def test_report_shows_edits_and_the_page_has_every_module(fleet_run: tuple[Path,
     page = write_report(plan, report, result.records)
     modules = Path(page).with_name("modules.html").read_text()
     assert "lora.safe_lora" in modules and "model.layers.1.self_attn.q_proj" in modules
-
-
-def test_attribution_page_escapes_what_it_shows() -> None:
-    row = {"module": "</script><b>", "edit": True, "reason": "a < b", "directions": [[0.5, 0.25]]}
-    page = attribution_page("<t>", {"<m>": [row]})
-    assert "</script><b>" not in page and "<t>" not in page and "<m>" not in page
-    assert "50.0 → 25.0" in page
 
 
 def test_lora_rank_limit_is_the_rank_written(catalogue: Path, tmp_path: Path) -> None:
