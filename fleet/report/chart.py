@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -27,7 +28,10 @@ class _Point(NamedTuple):
 
 def chart_html(report: Report) -> Markup:
     """A point for each candidate, with the interval of harm, and one for each realign method's mean; with the library
-    that draws it, some 5 MB. plotly writes names as JSON in which no `<` is left, so they end no script.
+    that draws it, some 5 MB.
+
+    A name is text twice: plotly draws tags in it, so they are escaped here; and it writes the names into a script, as
+    JSON that holds no `<`.
     """
     # A second of import that only the page needs; and plotly has no types.
     import plotly.graph_objects as go  # noqa: PLC0415 # pyright: ignore[reportMissingTypeStubs]
@@ -68,7 +72,7 @@ def _candidates_trace(points: Sequence[_Point]) -> dict[str, Any]:
     return {
         "x": [p.harm for p in points],
         "y": [p.accuracy for p in points],
-        "text": [p.name for p in points],
+        "text": [escape(p.name, quote=False) for p in points],
         "mode": "markers",  # names only on hover: most candidates lie in one corner
         "marker": {"size": 9},
         "opacity": 0.6,
@@ -87,7 +91,7 @@ def _means_trace(means: Sequence[MethodSummary]) -> dict[str, Any]:
     return {
         "x": [100 * (m.harmfulness.value or 0.0) for m in means],
         "y": [100 * (m.task_accuracy.value or 0.0) for m in means],
-        "text": [m.name for m in means],
+        "text": [escape(m.name, quote=False) for m in means],
         "mode": "markers+text",
         "textposition": "bottom right",
         "marker": {"size": 15, "symbol": "diamond", "color": "#1c2733"},
