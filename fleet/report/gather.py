@@ -14,10 +14,10 @@ from evals.sequential import e_bh, e_value
 from evals.suites import Suite, read_prompts
 from fleet.report.model import CandidateRow, Corrected, MeanRate, MethodSummary, Report, Score, mean
 from fleet.report.published import Published, ScoreKeys, read_published
-from fleet.report.results import edit_of, files_uri, judge_calibration, read_log, weights_uri
+from fleet.report.results import edit_of, judge_calibration, read_log, weights_uri
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan
-from fleet.steps.builder import Candidate, identity_of
+from fleet.steps.builder import Candidate
 from fleet.steps.record import Record
 
 
@@ -119,7 +119,7 @@ class _References:
 
     def published_for(self, candidate: Candidate) -> Mapping[str, EvalLog]:
         """Only fused models are published, so only they are compared; but the published one not with itself."""
-        is_it = identity_of(candidate.weights) == self.published_identity
+        is_it = candidate.weights.identity == self.published_identity
         return self.published if candidate.role == "fused" and not is_it else {}
 
 
@@ -131,7 +131,7 @@ def _published_logs(
     If this run makes the same model, its scores in this run are read.
     """
     fused = [c for c in plan.candidates if c.role == "fused"]
-    again = next((c for c in fused if identity_of(c.weights) == published.identity), None)
+    again = next((c for c in fused if c.weights.identity == published.identity), None)
     if again is not None:
         keys = {suite: step.key for suite, step in again.scores.items()}
         published = replace(published, scores=ScoreKeys(store=plan.store.uri, keys=keys))
@@ -166,12 +166,12 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs, references: _References)
         models=candidate.models,
         parameters=candidate.parameters,
         weights=weights_uri(candidate, logs.records, plan.store),
-        identity=identity_of(candidate.weights),
+        identity=candidate.weights.identity,
         scores=tuple(_score(plan, plan.suites[suite], log, candidate, logs) for suite, log in own.items()),
         gate=verdict.outcome if verdict is not None else None,
         reasons=tuple(verdict.reasons) if verdict is not None else (),
         edited=f"{sum(m.edit for m in edit.modules)} of {len(edit.modules)}" if edit is not None else None,
-        edit_norm=edit.edit_norm if edit is not None else None,
+        edit_norm=edit.norm if edit is not None else None,
         warning=edit.warning if edit is not None else None,
         incoherent=_incoherent(own.values()),
     )
@@ -184,7 +184,7 @@ def _score(plan: Plan, suite: Suite, log: EvalLog, candidate: Candidate, logs: _
         suite=suite.name,
         kind=suite.kind,
         rate=log.rate,
-        samples=files_uri(step, logs.records[step.key], plan.store),
+        samples=f"{plan.store.uri}/{logs.records[step.key].prefix}",
         corrected=Corrected.of(log.rate, calibration) if calibration is not None else None,
         prompts=len(read_prompts(suite)) if "early_stop" in log.settings else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evals.calibration import Calibration
-from evals.gates import Outcome
+from evals.gates import GateOutcome
 from evals.rates import Rate
 from evals.suites import SuiteKind
 from fleet.core.frozen import Frozen
@@ -67,7 +67,7 @@ class CandidateRow(Frozen):
     identity: str
     """Digest of the weights' content, or of the step that makes them."""
     scores: tuple[Score, ...]
-    gate: Outcome | None
+    gate: GateOutcome | None
     """None for base models, which are not gated."""
     reasons: tuple[str, ...]
     """One line for each check of the gates."""

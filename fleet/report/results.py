@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
 from evals.calibration import Calibration
 from evals.logs import EvalLog
-from fleet.steps.builder import Candidate, MaskStep, RealignStep, Source
-from fleet.steps.record import Record, Step, attempt_prefix
+from fleet.steps.base import Step
+from fleet.steps.builder import Candidate
+from fleet.steps.calibrate import CalibrateResult, CalibrateStep
+from fleet.steps.mask import MaskStep
+from fleet.steps.realign import RealignResult, RealignStep
+from fleet.steps.record import Record
+from fleet.steps.score import ScoreResult
+from fleet.steps.sources import Source
 from fleet.store import Store
 
 
@@ -35,15 +42,14 @@ class ModuleRow(BaseModel):
     """Before and after the edit, for each leading direction of V: its share of ‖ΔW_before‖²."""
 
 
-class Edit(BaseModel):
+@dataclass(frozen=True)
+class Edit:
     """What a realign step did to one model."""
 
-    model_config = ConfigDict(frozen=True)
-
     modules: tuple[ModuleRow, ...]
-    edit_norm: float | None = None
+    norm: float
     """‖ΔW_after − ΔW_before‖, Frobenius, over all modules."""
-    warning: str | None = None
+    warning: str | None
     """What the method says a reviewer should know about this model."""
 
 
@@ -51,8 +57,11 @@ def edit_of(candidate: Candidate, records: Mapping[str, Record]) -> Edit | None:
     """None of a candidate that is not realigned, whose step failed, or that has no module."""
     weights = candidate.weights
     record = records.get(weights.key) if isinstance(weights, RealignStep) else None
-    edit = None if record is None else Edit.model_validate(record.result)
-    return edit if edit is not None and edit.modules else None
+    if record is None:
+        return None
+    result = record.read(RealignResult)
+    modules = tuple(ModuleRow.model_validate(row) for row in result.modules)
+    return Edit(modules, result.edit_norm, result.warning) if modules else None
 
 
 def module_tables(candidates: Iterable[Candidate], records: Mapping[str, Record]) -> dict[str, Sequence[ModuleRow]]:
@@ -66,12 +75,7 @@ def weights_uri(candidate: Candidate, records: Mapping[str, Record], store: Stor
     if isinstance(weights, Source):
         return weights.uri
     record = records.get(weights.key)
-    return None if record is None else files_uri(weights, record, store)
-
-
-def files_uri(step: Step, record: Record, store: Store) -> str:
-    """The folder of the files that a step wrote."""
-    return f"{store.uri}/{attempt_prefix(step, record.attempt)}"
+    return None if record is None else f"{store.uri}/{record.prefix}"
 
 
 def read_log(store: Store, record: Record) -> EvalLog | None:
@@ -81,15 +85,15 @@ def read_log(store: Store, record: Record) -> EvalLog | None:
         EvalError: a file is damaged.
         pydantic.ValidationError: the record is not of a score step.
     """
-    prefix = attempt_prefix(record, record.attempt)
-    files = [data for name in sorted(record.files) if (data := store.read(f"{prefix}/{name}")) is not None]
-    return EvalLog.read(record.result, files) if len(files) == len(record.files) else None
+    files = [data for name in sorted(record.files) if (data := store.read(f"{record.prefix}/{name}")) is not None]
+    return EvalLog.read(record.read(ScoreResult).literals(), files) if len(files) == len(record.files) else None
 
 
 def judge_calibration(steps: Iterable[Step], records: Mapping[str, Record]) -> Calibration | None:
     """The judge's errors on labelled rows; None if nobody asked for them to be counted, or counting them failed."""
-    found = (records.get(step.key) for step in steps if step.kind == "calibrate")
-    return next((Calibration.model_validate(record.result) for record in found if record is not None), None)
+    found = (records.get(step.key) for step in steps if isinstance(step, CalibrateStep))
+    results = (record.read(CalibrateResult) for record in found if record is not None)
+    return next((Calibration.model_validate(result.literals()) for result in results), None)
 
 
 def own_steps(candidate: Candidate) -> list[Step]:

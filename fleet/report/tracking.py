@@ -31,7 +31,8 @@ from fleet.report.model import CandidateRow, Report
 from fleet.report.published import Published, ScoreKeys
 from fleet.report.results import own_steps
 from fleet.run.plan import Plan
-from fleet.steps.record import Record, Step, to_bytes
+from fleet.steps.base import Step
+from fleet.steps.record import Record, to_bytes
 
 logger = logging.getLogger(__name__)
 
