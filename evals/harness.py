@@ -33,7 +33,7 @@ from evals.suites import Suite, local_data_files, read_prompts, read_requests
 from fleet.core.errors import EvalError, SuiteError
 
 if TYPE_CHECKING:
-    from evals.replicas import Session
+    from evals.session import Session
 
 logger = logging.getLogger(__name__)
 

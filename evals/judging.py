@@ -12,7 +12,7 @@ from evals.suites import Suite
 from evals.verdicts import Exchange, Reply, Verdict
 
 if TYPE_CHECKING:
-    from evals.replicas import Session
+    from evals.session import Session
 
 NUM_LOGPROBS = 20
 """Of a judge model's first token: vLLM gives no more."""

@@ -18,7 +18,7 @@ from evals.engine import Completion
 from fleet.core.errors import EvalError
 
 if TYPE_CHECKING:
-    from evals.replicas import Session
+    from evals.session import Session
 
 DEFAULT_MAX_TOKENS = 256
 """lm-eval's own longest completion, where a task names none."""

@@ -20,7 +20,8 @@ from evals.engine import EngineOptions, ServedModel, UnservableError
 from evals.harness import complete, mean_logprobs, run_task
 from evals.lm import FleetLM
 from evals.logs import EvalLog
-from evals.replicas import Replica, Session
+from evals.replicas import Replica
+from evals.session import Session
 from evals.suites import Suite, load_suite
 from fleet.core.errors import EvalError, SuiteError
 from tests import pico
