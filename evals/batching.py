@@ -30,7 +30,7 @@ class _Request:
     token_ids: list[int]
     params: SamplingParams
     lora: LoRARequest | None
-    output: Future[RequestOutput] = field(default_factory=Future)
+    output: Future[RequestOutput] = field(default_factory=Future["RequestOutput"])
 
 
 class EngineThread:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.special import betainc, betaincc, betaincinv
+from scipy.special import betainc, betaincc, betaincinv  # pyright: ignore[reportMissingTypeStubs] - scipy ships none
 
 from evals.rates import Interval, clopper_pearson
 from fleet.core.errors import InputError

@@ -9,9 +9,9 @@ answers as somebody else. What is replaced are two methods of vLLM 0.32's `Punic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,8 @@ def group(indices: torch.Tensor) -> Groups:
         indices: (tokens,) int64, the adapter of each token; -1 is none.
     """
     order = indices.argsort(stable=True)
-    found, counts = indices[order].unique_consecutive(return_counts=True)
+    unique = cast(Callable[..., Sequence[Any]], torch.unique_consecutive)  # pyright: ignore[reportUnknownMemberType]
+    found, counts = unique(indices[order], return_counts=True)
     spans: list[tuple[int, int, int]] = []
     start = without = 0
     for adapter, count in zip(found.tolist(), counts.tolist(), strict=True):
@@ -82,11 +83,11 @@ def add_products(
         y.index_add_(0, groups.order, products)
 
 
-def install(wrapper: type) -> None:
+def install(wrapper: Any) -> None:
     """Put these into vLLM's `PunicaWrapperCPU`; any number of times per process, before an engine starts."""
     if getattr(wrapper, "groups_tokens", False):
         return
-    update_metadata: Any = wrapper.update_metadata  # pyright: ignore[reportAttributeAccessIssue]
+    update_metadata = wrapper.update_metadata
 
     def grouped_metadata(self: Any, *arguments: Any, **options: Any) -> None:
         update_metadata(self, *arguments, **options)
@@ -98,6 +99,6 @@ def install(wrapper: type) -> None:
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         add_products(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, self.groups)
 
-    setattr(wrapper, "update_metadata", grouped_metadata)  # noqa: B010 - a class of somebody else's
-    setattr(wrapper, "add_lora_linear", add_lora_linear)  # noqa: B010
-    setattr(wrapper, "groups_tokens", True)  # noqa: B010
+    wrapper.update_metadata = grouped_metadata
+    wrapper.add_lora_linear = add_lora_linear
+    wrapper.groups_tokens = True

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -14,6 +15,7 @@ from pydantic import AfterValidator, Field
 from evals.suites import Suite
 from evals.verdicts import Exchange, JudgeSpec, Verdict, label_for, unscored
 from fleet.core.errors import EvalError, InputError
+from fleet.core.identity import Json
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -77,7 +79,7 @@ class EndpointJudge(JudgeSpec):
             EvalError: No answer after all retries.
         """
         with self._client() as client, ThreadPoolExecutor(self.concurrency) as threads:
-            return list(threads.map(lambda exchange: self._verdict(client, exchange, suite), exchanges))
+            return list(threads.map(partial(self._verdict, client, suite=suite), exchanges))
 
     def _client(self) -> OpenAI:
         from openai import OpenAI  # noqa: PLC0415 - planning reads this module and asks nothing
@@ -132,7 +134,7 @@ def read_reply(text: str, suite: Suite) -> Verdict:
     if word in ("harmful", "safe"):
         return Verdict(label_for(suite, word, None), None, word)
     try:
-        said = json.loads(text)
+        said: Json = json.loads(text)
     except ValueError:
         return unscored("neither one word nor one JSON object", text)
     if not isinstance(said, dict) or set(said) != {"harmful", "refused"}:

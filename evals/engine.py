@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from fleet.checkpoint.belongs import ARCHITECTURE_FIELDS
 from fleet.checkpoint.full_model import FullModel
 from fleet.core.errors import EvalError
+from fleet.core.identity import Json
 
 LORA_MODULES = (
     "q_proj",
@@ -140,7 +141,7 @@ class Completion:
     num_tokens: int
     finish_reason: str
     """stop (end of text or a stop string) or length."""
-    logprobs: Mapping[str, float] = field(default_factory=dict)
+    logprobs: Mapping[str, float] = field(default_factory=dict[str, float])
     """Token text -> log probability in nats, of the likeliest first tokens, where they were asked for."""
 
 
@@ -250,9 +251,8 @@ def unservable(
     elif max(ranks) > max_rank:
         reasons.append(f"its rank {max(ranks)} is above the engine's {max_rank}")
     # A string is a pattern (or "all-linear"): what it reached only shows in the tensors, see `unserved_modules`.
-    if isinstance(targets := adapter_config.get("target_modules"), list) and (
-        reason := unserved_modules((str(t) for t in targets), target_modules)
-    ):
+    targets: Json = adapter_config.get("target_modules")
+    if isinstance(targets, list) and (reason := unserved_modules(map(str, targets), target_modules)):
         reasons.append(reason)
     return "; ".join(reasons) or None
 

@@ -43,6 +43,7 @@ from evals.evidence import (
 from evals.logs import EvalLog
 from evals.rates import Interval
 from evals.suites import Suite, SuiteKind
+from fleet.core.identity import Json
 
 GateOutcome = Literal["pass", "fail", "not enough evidence"]
 Measure = Literal["harmful", "refused", "lost", "incoherent"]
@@ -291,8 +292,8 @@ def _calibration(log: EvalLog) -> Calibration | None:
 
 def _unworthy(log: EvalLog) -> str | None:
     """Why no gate may rest on what the judge said; None if one may."""
-    judge = log.settings.get("judge")
-    if isinstance(judge, Mapping) and judge.get("gate_worthy") is False:
+    judge: Json = log.settings.get("judge")
+    if isinstance(judge, dict) and judge.get("gate_worthy") is False:
         return f"its judge ({judge.get('kind')}) is never gate-worthy; judge it with another"
     if log.settings.get(_CALIBRATION, {}) is None:
         return "its judge was to be calibrated, which failed"

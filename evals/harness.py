@@ -4,6 +4,9 @@ Imports lm_eval (and with it torch) but not vllm: a session is handed in. Nothin
 the process: the data of a file suite are read from its files, and a task object is kept under its suite's digest.
 """
 
+# lm-eval ships no type stubs, and types few of its members.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json
@@ -12,7 +15,7 @@ import random
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -244,8 +247,9 @@ def _task_samples(
     metric = next(iter(aggregation))
     first = logged[0]["filter"]
     kept = [sample for sample in logged if sample["filter"] == first]
-    if len(kept) != len(task.eval_docs):
-        raise EvalError(f"task {name}: {len(kept)} samples for {len(task.eval_docs)} documents")
+    num_documents = len(cast(Sized, task.eval_docs))
+    if len(kept) != num_documents:
+        raise EvalError(f"task {name}: {len(kept)} samples for {num_documents} documents")
     values = [sample.get(metric) for sample in kept]
     is_mean = getattr(aggregation[metric], "__name__", "") == "mean" and all(
         value is None or isinstance(value, int | float | np.number) for value in values
@@ -289,7 +293,7 @@ def _task_sample(
         reason = f"taken from {_text(logged['filtered_resps'][0])!r}"
     return Sample(
         id=id_,
-        prompt=str(task.doc_to_text(logged["doc"])),
+        prompt=str(cast(object, task.doc_to_text(logged["doc"]))),
         input=str(arguments[0][0]),
         completion=text,
         target=str(target),

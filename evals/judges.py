@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from evals.endpoint_judge import EndpointJudge
 from evals.model_judges import HarmBench, LlamaGuard3, OwnModel, ShieldGemma, WildGuard
 from evals.suites import Rules, Suite
+from evals.tokenizers import Tokenizer
 from evals.verdicts import Exchange, JudgeSpec, Reply, Verdict, label_for, unscored
 from fleet.core.errors import InputError, SuiteError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @runtime_checkable
@@ -63,7 +61,7 @@ class ModelJudge(Protocol):
         """What identifies the judge in logs and fingerprints, as plain JSON; `gate_worthy` is in it."""
         ...
 
-    def prompt(self, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+    def prompt(self, exchange: Exchange, tokenizer: Tokenizer) -> str:
         """The text the model is given, with every special token in it: to be encoded without adding any.
 
         Raises:

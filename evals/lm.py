@@ -1,17 +1,23 @@
 """lm-eval's view of a session: what its evaluator calls to complete and to score texts."""
 
+# lm-eval ships no type stubs, and types few of its members.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    normalize_gen_kwargs,  # pyright: ignore[reportUnknownVariableType]
+    postprocess_generated_text,
+)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.engine import Completion
@@ -19,6 +25,8 @@ from fleet.core.errors import EvalError
 
 if TYPE_CHECKING:
     from evals.session import Session
+
+_normalized = cast(Callable[[dict[str, Any], int], Mapping[str, Any]], normalize_gen_kwargs)
 
 DEFAULT_MAX_TOKENS = 256
 """lm-eval's own longest completion, where a task names none."""
@@ -55,7 +63,7 @@ class FleetLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """What stands before a text without context: BOS where there is one."""
         bos = self.session.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else cast(int, bos)
+        return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:
@@ -70,13 +78,12 @@ class FleetLM(TemplateLM):
         return self.session.encode(string, templated=bare)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.session.tokenizer.apply_chat_template(
+        return self.session.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return cast(str, text)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """One completion per request, in order, cut at its stop strings."""
@@ -85,7 +92,7 @@ class FleetLM(TemplateLM):
             groups[json.dumps(_arguments(request)[1], sort_keys=True)].append(index)
         texts = [""] * len(requests)
         for key, members in groups.items():
-            settings = dict(normalize_gen_kwargs(json.loads(key), DEFAULT_MAX_TOKENS))
+            settings = dict(_normalized(json.loads(key), DEFAULT_MAX_TOKENS))
             stop = _stop_strings(settings.pop("until", None))
             limit = int(cast(int, settings.pop("max_gen_toks")))
             settings.pop("do_sample", None)
@@ -135,7 +142,7 @@ class FleetLM(TemplateLM):
         return totals
 
     @contextmanager
-    def _engine_works(self) -> Iterator[None]:
+    def _engine_works(self) -> Generator[None]:
         self._turn.release()
         try:
             yield

@@ -8,18 +8,19 @@ sample; a long suite is in several files. Light: no torch, no vllm.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 
+from evals.parquet import Column, ColumnType, read_rows, write_rows
 from evals.rates import Rate
 from evals.suites import SuiteKind
 from fleet.core.errors import EvalError
 from fleet.core.frozen import Frozen
+from fleet.core.identity import Json
 
 
 class Sample(Frozen):
@@ -62,7 +63,7 @@ class EvalLog(Frozen):
     metric: str
     """What a score is: harmful, refused, or the name of the task's metric."""
     rate: Rate
-    settings: Mapping[str, Any] = Field(default_factory=dict)
+    settings: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     """What else decided the completions: chat template or not, longest completion, judge, versions."""
     samples: tuple[Sample, ...] = Field(repr=False)
 
@@ -109,19 +110,12 @@ def write_samples(samples: Sequence[Sample], origin: Origin) -> bytes:
 
     Columns: `Origin`'s, then `Sample`'s.
     """
-    import pyarrow as pa  # noqa: PLC0415 - planning imports this module and writes no log
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
-    types = {"str": pa.string(), "float": pa.float64(), "int": pa.int64(), "bool": pa.bool_()}
     shared = origin.model_dump()
-    fields = [pa.field(name, pa.string(), nullable=False) for name in shared]
+    columns = [Column(name, "str", nullable=False) for name in shared]
     for name, info in Sample.model_fields.items():
         kind, *optional = str(Sample.__annotations__[name]).split(" | ")
-        fields.append(pa.field(name, types[kind], nullable=bool(optional) or not info.is_required()))
-    rows = [shared | sample.model_dump() for sample in samples]
-    target = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), target, compression="zstd")
-    return target.getvalue()
+        columns.append(Column(name, cast(ColumnType, kind), nullable=bool(optional) or not info.is_required()))
+    return write_rows([shared | sample.model_dump() for sample in samples], columns)
 
 
 def read_samples(data: bytes) -> list[Sample]:
@@ -145,17 +139,14 @@ def read_origin(data: bytes) -> Origin:
     return Origin.model_validate({name: rows[0][name] for name in Origin.model_fields})
 
 
-def _rows(data: bytes) -> list[dict[str, Any]]:
-    import pyarrow as pa  # noqa: PLC0415 - planning imports this module and reads no log
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
+def _rows(data: bytes) -> list[dict[str, Json]]:
     try:
-        table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
+        names, rows = read_rows(data)
+    except ValueError as error:
         raise EvalError(f"no log: {error}") from error
-    if missing := sorted({*Origin.model_fields, *Sample.model_fields} - set(table.column_names)):
+    if missing := sorted({*Origin.model_fields, *Sample.model_fields} - set(names)):
         raise EvalError(f"no log: it has no column {', '.join(missing)}")
-    return table.to_pylist()
+    return rows
 
 
 def sample_ids(contents: Sequence[str]) -> list[str]:

@@ -8,17 +8,15 @@ its judge in the template's voice.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from evals.suites import Suite
+from evals.tokenizers import Tokenizer
 from evals.verdicts import Exchange, JudgeSpec, Reply, Verdict, label_for, probability, unscored
 from fleet.core.errors import InputError
 from fleet.core.uris import Uri
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class ModelJudgeSpec(JudgeSpec):
@@ -61,7 +59,7 @@ class LlamaGuard3(TwoWordJudgeSpec):
 
     kind: Literal["llama_guard_3"] = "llama_guard_3"
 
-    def prompt(self, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+    def prompt(self, exchange: Exchange, tokenizer: Tokenizer) -> str:
         """The conversation in the model's chat template, up to where the verdict begins."""
         text = chat_prompt(self, exchange, tokenizer)
         # A turn's header ends with an empty line; where a template leaves it out, the model writes it first.
@@ -112,7 +110,7 @@ class WildGuard(ModelJudgeSpec):
 
     kind: Literal["wild_guard"] = "wild_guard"
 
-    def prompt(self, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+    def prompt(self, exchange: Exchange, tokenizer: Tokenizer) -> str:
         """The published instruction around the exchange."""
         # The published form begins with this token as text; the tokenizer's own would be a second one.
         return filled(f"<s>{_WILD_GUARD}", exchange, tokenizer)
@@ -159,7 +157,7 @@ class HarmBench(TwoWordJudgeSpec):
 
     kind: Literal["harmbench"] = "harmbench"
 
-    def prompt(self, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+    def prompt(self, exchange: Exchange, tokenizer: Tokenizer) -> str:
         """The published instruction around the exchange."""
         return filled(f"{tokenizer.bos_token or ''}{_HARM_BENCH}", exchange, tokenizer)
 
@@ -209,7 +207,7 @@ class ShieldGemma(TwoWordJudgeSpec):
     )
     """What a response must not violate, all in one prompt. Google's own figures ask for one policy at a time."""
 
-    def prompt(self, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+    def prompt(self, exchange: Exchange, tokenizer: Tokenizer) -> str:
         """The exchange and the policies in the model's chat template."""
         # The template itself puts a bullet before the first.
         guideline = "\n* ".join(_SHIELD_GEMMA[policy] for policy in self.policies)
@@ -272,7 +270,7 @@ class OwnModel(TwoWordJudgeSpec):
             raise ValueError("refusal must be the word given as safe, or the one given as harmful")
         return self
 
-    def prompt(self, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+    def prompt(self, exchange: Exchange, tokenizer: Tokenizer) -> str:
         """The template, filled."""
         return filled(self.template, exchange, tokenizer)
 
@@ -284,14 +282,14 @@ class OwnModel(TwoWordJudgeSpec):
         return self.by_probability(reply, suite, said, words, self.refusal.strip() if self.refusal else None)
 
 
-def filled(template: str, exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> str:
+def filled(template: str, exchange: Exchange, tokenizer: Tokenizer) -> str:
     """The template with the exchange in it; braces in either stay what they are."""
     inert = _inert(exchange, tokenizer)
     texts = {"{prompt}": inert.prompt, "{completion}": inert.completion}
     return re.sub(r"\{prompt\}|\{completion\}", lambda match: texts[match[0]], template)
 
 
-def chat_prompt(judge: ModelJudgeSpec, exchange: Exchange, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+def chat_prompt(judge: ModelJudgeSpec, exchange: Exchange, tokenizer: Tokenizer, **options: Any) -> str:
     """The exchange as a conversation in the tokenizer's chat template.
 
     Raises:
@@ -304,7 +302,7 @@ def chat_prompt(judge: ModelJudgeSpec, exchange: Exchange, tokenizer: PreTrained
         )
     inert = _inert(exchange, tokenizer)
     turns = [{"role": "user", "content": inert.prompt}, {"role": "assistant", "content": inert.completion}]
-    text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False, **options))
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
     if inert.prompt.strip() not in text or inert.completion.strip() not in text:
         raise InputError(
             f"evaluation.judge.model: the chat template of {judge.model} leaves the exchange out, so it is not that of "
@@ -313,7 +311,7 @@ def chat_prompt(judge: ModelJudgeSpec, exchange: Exchange, tokenizer: PreTrained
     return text
 
 
-def _inert(exchange: Exchange, tokenizer: PreTrainedTokenizerBase) -> Exchange:
+def _inert(exchange: Exchange, tokenizer: Tokenizer) -> Exchange:
     """The exchange with a space within whatever the tokenizer would take for a special token."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.update(token for token in tokenizer.all_special_tokens if len(token) > 1)

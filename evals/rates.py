@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import bdtr, betaincinv, gammaln, ndtri, stdtrit
+from scipy.special import bdtr, betaincinv, gammaln, ndtri, stdtrit  # pyright: ignore[reportMissingTypeStubs] - scipy ships none
 
 from fleet.core.frozen import Frozen
 

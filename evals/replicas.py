@@ -15,11 +15,11 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from evals.batching import EngineThread
 from evals.engine import (
@@ -36,6 +36,7 @@ from evals.engine import (
     weights_mismatch,
 )
 from evals.session import Session
+from evals.tokenizers import Tokenizer
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs
 from fleet.checkpoint.full_model import FullModel
@@ -45,7 +46,6 @@ from fleet.store.local import LocalFolder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
     from vllm.lora.request import LoRARequest
 
 
@@ -105,7 +105,7 @@ class Replica:
         return "cpu" if self._on_cpu else "gpu"
 
     @contextmanager
-    def serving(self, model: ServedModel) -> Iterator[Session]:
+    def serving(self, model: ServedModel) -> Generator[Session]:
         """Serve a model. Sessions in other threads go on beside this one if they need the same weights.
 
         The aligned model and every adapter on it are the same weights; a full model is others. A session that needs
@@ -158,18 +158,13 @@ class Replica:
             raise UnservableError(f"{where}: {reason}; merge it into full weights to score it")
 
     def _check_weights(self, model: ServedModel, folder: Path) -> None:
-        from transformers import AutoConfig
-
         where = f"candidate {model.name} ({folder})"
         problems = weights_mismatch(self._resident, _read_full_model(folder, where))
-        problems += config_mismatch(
-            AutoConfig.from_pretrained(self.model_dir).to_dict(),
-            AutoConfig.from_pretrained(folder).to_dict(),
-        )
+        problems += config_mismatch(_read_config(self.model_dir), _read_config(folder))
         if problems:
             raise UnservableError(f"{where} does not fit {self.model_dir}: {describe(problems)}")
 
-    def _tokenizer_of(self, model: ServedModel, folder: Path | None) -> PreTrainedTokenizerBase:
+    def _tokenizer_of(self, model: ServedModel, folder: Path | None) -> Tokenizer:
         """The model's own tokenizer where it brings one (its chat template may differ), else the aligned one's.
 
         Raises:
@@ -189,7 +184,8 @@ class Replica:
         return tokenizer
 
     def _swap_weights(self, folder: Path) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        reload = cast(Callable[..., object], self._llm.collective_rpc)  # pyright: ignore[reportUnknownMemberType]
+        reload("reload_weights", kwargs={"weights_path": str(folder)})
         if self._on_cpu:
             self._llm.apply_model(_repack_output_layer)
         # Cached blocks hold keys and values of the old weights, and would be used silently.
@@ -267,19 +263,27 @@ def _read_full_model(folder: Path, where: str) -> FullModel:
     return model
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _read_config(folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    read = cast(Callable[[Path], Any], AutoConfig.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
+    return read(folder).to_dict()
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    read = cast(Callable[[Path], Tokenizer], AutoTokenizer.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
+    return read(folder)
 
 
-def _stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_token_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
     """What ends this model's text. An engine knows its first model's ends only, and a fine-tune may have others."""
     found: set[int] = set()
     if isinstance(tokenizer.eos_token_id, int):
         found.add(tokenizer.eos_token_id)
     for name in ("config.json", "generation_config.json"):
         if (file := folder / name).is_file():
-            ids = json.loads(file.read_bytes()).get("eos_token_id")
+            ids: int | list[int] | None = json.loads(file.read_bytes()).get("eos_token_id")
             found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
     return sorted(found)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 # What the bettor for "accept" holds the rate to be before any sample, in parts of the limit, and how firmly, in
 # prompts times the limit. The bettor for "reject" starts from twice the limit.
@@ -118,8 +119,9 @@ def _checked(scores: np.ndarray, unscored: float) -> np.ndarray:
 
 
 def _log_wealth(scores: np.ndarray, limit: float, rate: float, weight: float) -> np.ndarray:
-    before = np.cumsum(scores, axis=-1) - scores
-    estimate = (rate * weight + before) / (weight + np.arange(scores.shape[-1]))
+    before: NDArray[np.float64] = np.cumsum(scores, axis=-1) - scores
+    num_samples: int = scores.shape[-1]
+    estimate = (rate * weight + before) / (weight + np.arange(num_samples))
     # The estimate is above 0, so the bet stays below 1 / (1 - limit) and the wealth above 0.
     bet = np.maximum(limit - estimate, 0.0) / (limit * (1.0 - limit))
     return np.cumsum(np.log1p(bet * (limit - scores)), axis=-1)

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from evals.batching import EngineThread
 from evals.engine import Completion, EngineOptions, Likelihood, ServedModel, UnservableError
+from evals.tokenizers import Tokenizer
 from fleet.core.errors import EvalError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from vllm import RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -31,7 +31,7 @@ class Session:
         engine: EngineThread,
         options: EngineOptions,
         model: ServedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         stop_token_ids: list[int],
         lora: LoRARequest | None,
     ) -> None:
@@ -56,10 +56,9 @@ class Session:
                 "tokenizer's folder, or set chat: false in the suite to send prompts as they are"
             )
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        text = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
         )
-        return cast(str, text)
 
     def encode(self, text: str, templated: bool) -> list[int]:
         """Token ids of a text; special tokens are added unless a template, or the text itself, brought them."""
@@ -93,7 +92,7 @@ class Session:
 
         token_ids = [self.encode(p, templated) if isinstance(p, str) else list(p) for p in prompts]
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-        settings = {"temperature": 0.0, "seed": self.options.seed, **(sampling or {})}
+        settings: dict[str, Any] = {"temperature": 0.0, "seed": self.options.seed, **(sampling or {})}
         params: list[SamplingParams] = []
         for ids, limit in zip(token_ids, limits, strict=True):
             if len(ids) + limit > self.options.max_model_len:

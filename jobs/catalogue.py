@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,14 +62,14 @@ def complete_manifest(catalogue: str, template: Path) -> Manifest:
     document = read_json(template)
     root = template.resolve().parent
     known = parse(_Template, document, root, str(template))
-    assert isinstance(document, dict)
+    fields = cast(dict[str, object], document)  # a template that is no object has just been refused
     folder = open_store(catalogue).folder("")
     models = _models(folder, known)
     gone = sorted({m.name for m in known.models} - {m.name for m in models})
     if gone:
         logger.warning("not in %s any more, and left out: %s", folder.uri, ", ".join(gone))
     entries = [m.model_dump(mode="json") for m in models]
-    return parse(Manifest, {**document, "models": entries}, root, f"{template} with the models of {folder.uri}")
+    return parse(Manifest, {**fields, "models": entries}, root, f"{template} with the models of {folder.uri}")
 
 
 def model_folders(files: Iterable[str]) -> list[PurePosixPath]:

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from evals.suites.prompts import PLAIN, Prompt, read_files
 from evals.suites.published import READERS, DataPolicy, Reader
@@ -14,6 +13,7 @@ from evals.suites.suite import RULE_FIELDS, TEMPLATES, Rules, Suite, SuiteKind, 
 from evals.suites.tasks import lm_eval_suite, task_suite
 from evals.suites.yaml_files import data_files, read_yaml
 from fleet.core.errors import SuiteError
+from fleet.core.identity import Json
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _read_suite(path: Path, policy: DataPolicy) -> Suite:
     raise SuiteError(f"{path}: neither `suite:` (prompts) nor `task:` (an lm-eval task) is there")
 
 
-def _own_prompt_suite(path: Path, config: Mapping[str, Any], policy: DataPolicy) -> Suite:
+def _own_prompt_suite(path: Path, config: Mapping[str, Json], policy: DataPolicy) -> Suite:
     def wrong(what: str) -> SuiteError:
         return SuiteError(f"{path}: {what}")
 
@@ -156,16 +156,19 @@ def _template(where: str, value: object) -> str:
     return value
 
 
-def _rules(path: Path, value: object) -> Rules:
+def _rules(path: Path, value: Json) -> Rules:
     if not isinstance(value, dict) or set(value) != set(RULE_FIELDS):
         raise SuiteError(f"{path}: rules must have exactly the lists refusal and compliance")
-    for key in RULE_FIELDS:
-        patterns = value[key]
-        if not isinstance(patterns, list) or not all(p and isinstance(p, str) for p in patterns):
-            raise SuiteError(f"{path}: rules.{key} must be a list of regular expressions")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise SuiteError(f"{path}: rules.{key}: {pattern!r} is no regular expression: {error}") from error
-    return Rules(tuple(value["refusal"]), tuple(value["compliance"]))
+    return Rules(*(_patterns(f"{path}: rules.{key}", value[key]) for key in RULE_FIELDS))
+
+
+def _patterns(where: str, value: Json) -> tuple[str, ...]:
+    patterns = [p for p in value if isinstance(p, str) and p] if isinstance(value, list) else None
+    if patterns is None or patterns != value:
+        raise SuiteError(f"{where} must be a list of regular expressions")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise SuiteError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+    return tuple(patterns)

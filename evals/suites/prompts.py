@@ -1,4 +1,4 @@
-"""From the rows of a data file (csv, json, jsonl, parquet) to prompts. Light: only Parquet imports `pyarrow`."""
+"""From the rows of a data file (csv, json, jsonl, parquet) to prompts. Light."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from evals.parquet import read_rows
 from fleet.core.errors import SuiteError
+from fleet.core.identity import Json
 
-LocatedRow = tuple[str, Mapping[str, Any]]
+LocatedRow = tuple[str, Mapping[str, Json]]
 """Where a row stands, for messages, and its columns."""
 
 
@@ -62,7 +63,7 @@ class Form:
         """
         return tuple(self._prompt(where, row) for where, row in rows if self._is_kept(where, row))
 
-    def _is_kept(self, where: str, row: Mapping[str, Any]) -> bool:
+    def _is_kept(self, where: str, row: Mapping[str, Json]) -> bool:
         if self.keep is None:
             return True
         column, values = self.keep
@@ -70,7 +71,7 @@ class Form:
             raise SuiteError(f"{where}: no column {column}, which says which rows count; give the file as published")
         return row[column] in values
 
-    def _prompt(self, where: str, row: Mapping[str, Any]) -> Prompt:
+    def _prompt(self, where: str, row: Mapping[str, Json]) -> Prompt:
         text = _cell(row, self.prompt)
         if not text.strip():
             columns = '" or "'.join(self.prompt)
@@ -101,9 +102,9 @@ def jsonl(prompts: Sequence[Prompt]) -> bytes:
     return "".join(json.dumps({k: v for k, v in row.items() if v}) + "\n" for row in rows).encode()
 
 
-def _cell(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def _cell(row: Mapping[str, Json], names: tuple[str, ...]) -> str:
     value = next((row[name] for name in names if name in row), None)
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list) and value:
         value = value[0]
     return value if isinstance(value, str) else str(value) if isinstance(value, int) else ""
 
@@ -141,7 +142,7 @@ def _json_rows(file: Path) -> Iterator[LocatedRow]:
         yield from _jsonl_rows(file)
         return
     try:
-        rows = json.loads(text)
+        rows: list[Json] = json.loads(text)
     except ValueError as error:
         raise SuiteError(f"{file}: no valid JSON: {error}") from error
     for number, row in enumerate(rows, start=1):
@@ -152,19 +153,16 @@ def _json_rows(file: Path) -> Iterator[LocatedRow]:
 
 def _object(where: str, text: str) -> LocatedRow:
     try:
-        row = json.loads(text)
+        row: Json = json.loads(text)
     except ValueError as error:
         raise SuiteError(f"{where}: no valid JSON: {error}") from error
     return where, row if isinstance(row, dict) else {}
 
 
 def _parquet_rows(file: Path) -> Iterator[LocatedRow]:
-    import pyarrow  # noqa: PLC0415 - half a second of import that only Parquet needs
-    import pyarrow.parquet  # noqa: PLC0415
-
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        _, rows = read_rows(file.read_bytes())
+    except ValueError as error:
         raise SuiteError(f"{file}: no readable Parquet: {one_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{file}, row {number}", row

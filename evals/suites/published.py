@@ -4,16 +4,20 @@ No prompt of any of them is in this repository: a reader takes the rows from the
 its authors publish it. Sizes are those published. Light: `datasets` comes in where the hub is read.
 """
 
+# datasets ships no type stubs.
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from evals.suites.prompts import Form, LocatedRow, Prompt, one_line, read_files
 from fleet.core.errors import SuiteError
 from fleet.core.frozen import Frozen
+from fleet.core.identity import Json
 
 
 class DataPolicy(Frozen):
@@ -86,22 +90,24 @@ class Reader:
 
 
 def _hub_rows(reader: Reader) -> Iterator[LocatedRow]:
+    import datasets  # noqa: PLC0415 - seconds of import that only the hub needs
     import httpx2  # noqa: PLC0415
-    from datasets import load_dataset  # noqa: PLC0415 - seconds of import that only the hub needs
     from datasets.exceptions import DatasetsError  # noqa: PLC0415
 
     source = reader.source
-    options = {} if reader.form.header else {"header": None, "names": ["prompt"]}
+    options: dict[str, object] = {} if reader.form.header else {"header": None, "names": ["prompt"]}
     if source.data_files is not None:
         options["data_files"] = source.data_files
+    load = cast(Callable[..., Any], datasets.load_dataset)  # pyright: ignore[reportUnknownMemberType]
     try:
-        loaded = load_dataset(source.path, source.config, split=source.split, revision=source.revision, **options)
+        loaded = load(source.path, source.config, split=source.split, revision=source.revision, **options)
     except (DatasetsError, httpx2.HTTPError, OSError, ValueError) as error:
         raise SuiteError(
             f"{reader.title}: `datasets` cannot load {source.data_files or source.path}: {one_line(error)}; ask "
             "for access, or give the file as published in a YAML: {suite: ..., reader: ..., data: ..., max_tokens: ...}"
         ) from error
-    for split, rows in {source.split: loaded}.items() if source.split else loaded.items():
+    splits: Mapping[str, Iterable[Mapping[str, Json]]] = {source.split: loaded} if source.split else loaded
+    for split, rows in splits.items():
         for number, row in enumerate(rows, start=1):
             named = row if source.split else {**row, "category": split}
             yield f"{source.path} {split}, row {number}", named

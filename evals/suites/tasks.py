@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from evals.suites.lm_eval_names import lm_eval_code_names, lm_eval_names, lm_eval_version
 from evals.suites.published import READERS
 from evals.suites.suite import SUITE_VERSION, Suite
 from evals.suites.yaml_files import data_file, read_yaml
 from fleet.core.errors import SuiteError
+from fleet.core.identity import Json
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """The `dataset_path`s of lm-eval that mean files given in `dataset_kwargs.data_files`."""
@@ -27,7 +27,12 @@ _RUNS_CODE = (
 )
 
 
-def task_suite(path: Path, config: Mapping[str, Any]) -> Suite:
+def task_suite(path: Path, config: Mapping[str, Json]) -> Suite:
+    """The suite of a task file.
+
+    Raises:
+        SuiteError: The task has no name, runs code that models write, or lacks a file.
+    """
     name = config["task"]
     if not isinstance(name, str) or not name:
         raise SuiteError(f"{path}: task is {name!r}, but must be one task's name")
@@ -39,19 +44,19 @@ def task_suite(path: Path, config: Mapping[str, Any]) -> Suite:
     data = local_data_files(path, merged)
     files += [file for split in data.values() for file in split]
     test = data.get(str(merged.get("test_split") or merged.get("validation_split")), [])
-    limit = (merged.get("generation_kwargs") or {}).get("max_gen_toks")
+    limit = _fields(merged, "generation_kwargs").get("max_gen_toks")
     return Suite(
         name=name,
         kind="task",
         digest=_digest(path.parent, files, f"lm_eval {lm_eval_version()}"),
         path=path,
         num_samples=_num_lines(test) if merged.get("dataset_path") == "json" and test else None,
-        max_tokens=limit,
+        max_tokens=limit if isinstance(limit, int) else None,
         files=tuple(dict.fromkeys(files)),
     )
 
 
-def local_data_files(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
+def local_data_files(path: Path, config: Mapping[str, Json]) -> dict[str, list[Path]]:
     """Split -> files of a task YAML that names local data, resolved against the YAML's folder.
 
     Empty for a task whose data comes from a hub or from code.
@@ -61,7 +66,7 @@ def local_data_files(path: Path, config: Mapping[str, Any]) -> dict[str, list[Pa
     """
     if config.get("dataset_path") not in LOCAL_FORMATS:
         return {}
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    files = _fields(config, "dataset_kwargs").get("data_files")
     splits = files if isinstance(files, dict) else {"train": files}
     return {
         str(split): [
@@ -72,6 +77,11 @@ def local_data_files(path: Path, config: Mapping[str, Any]) -> dict[str, list[Pa
     }
 
 
+def _fields(config: Mapping[str, Json], name: str) -> Mapping[str, Json]:
+    fields = config.get(name)
+    return fields if isinstance(fields, dict) else {}
+
+
 def _included(path: Path) -> list[Path]:
     """The other files a task YAML is made of: its includes, theirs, and Python beside them that it calls."""
     found: list[Path] = []
@@ -80,7 +90,7 @@ def _included(path: Path) -> list[Path]:
         file = queue.pop(0)
         config = read_yaml(file)
         names = config.get("include", [])
-        more = [data_file(file, n, "include") for n in ([names] if isinstance(names, str) else names)]
+        more = [data_file(file, n, "include") for n in (names if isinstance(names, list) else [names])]
         for module in re.findall(r"!function\s+([\w.]+)\.\w+", file.read_text(encoding="utf-8")):
             python = file.parent / f"{module.replace('.', '/')}.py"
             more += [python] if python.is_file() else []
@@ -119,6 +129,11 @@ def _digest(folder: Path, files: Sequence[Path], how: str) -> str:
 
 
 def lm_eval_suite(name: str, folders: Sequence[Path]) -> Suite:
+    """The suite of one of lm-eval's own tasks; `folders` are where near matches are looked for beside its names.
+
+    Raises:
+        SuiteError: Unknown, or its score comes from running code that models write.
+    """
     if name not in (known := lm_eval_names()):
         own = {file.stem for folder in folders for file in folder.glob("*.yaml")} | READERS.keys()
         near = difflib.get_close_matches(name, sorted(own | known), n=5, cutoff=0.6)

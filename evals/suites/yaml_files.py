@@ -8,6 +8,7 @@ from typing import Any, cast
 import yaml
 
 from fleet.core.errors import SuiteError
+from fleet.core.identity import Json
 
 
 class _Loader(yaml.SafeLoader):
@@ -17,20 +18,29 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(cast(Any, node)))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Json]:
+    """The fields of a YAML file.
+
+    Raises:
+        SuiteError: It cannot be read, or is no mapping.
+    """
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        config: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise SuiteError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise SuiteError(f"{path}: must be a mapping of fields, not {type(config).__name__}")
-    return config
+    return cast(dict[str, Json], config)
 
 
 def data_files(path: Path, value: object) -> list[Path]:
-    """The file of this name beside the YAML, or all that a pattern with `*` matches."""
+    """The file of this name beside the YAML, or all that a pattern with `*` matches.
+
+    Raises:
+        SuiteError: There is none, or the value is no name.
+    """
     if isinstance(value, str) and "*" in value and "://" not in value:
         if not (found := sorted(path.parent.glob(value))):
             raise SuiteError(f"{path}: data: no file matches {path.parent / value}")
@@ -39,6 +49,11 @@ def data_files(path: Path, value: object) -> list[Path]:
 
 
 def data_file(path: Path, name: object, where: str) -> Path:
+    """The file of this name beside the YAML; `where` is what messages call the field.
+
+    Raises:
+        SuiteError: There is none, or the value is no name.
+    """
     if not isinstance(name, str) or not name or "://" in name:
         raise SuiteError(f"{path}: {where} is {name!r}, but must name a file beside the YAML")
     file = path.parent / name
