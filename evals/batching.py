@@ -36,7 +36,7 @@ class _Request:
 class EngineThread:
     """Owns an engine: nothing else may touch it while this thread lives.
 
-    What the engine raises at a request or a step ends its use: whoever waits then gets it, and whoever comes later.
+    An exception of the engine ends its use: every caller that waits gets it, and so does every later one.
 
     Args:
         engine: which engine.
@@ -48,7 +48,7 @@ class EngineThread:
         self._room = max_requests
         self._has_room = threading.Condition()
         self._thread = ThreadPoolExecutor(1, "engine")
-        # Of the engine's thread alone:
+        # Only the engine's thread touches these:
         self._names = itertools.count()
         self._requests: dict[str, _Request] = {}
         self._steps = False
@@ -104,7 +104,7 @@ class EngineThread:
                 self._end(output.request_id).output.set_result(output)  # pyright: ignore[reportArgumentType]
 
     def _go_on(self, done: Future[None]) -> None:
-        """After what was asked last: fail everyone if it did, else step again if there is a reason to."""
+        """After each job of the thread: an error goes to all who wait; else requests that are left get a step."""
         if (error := done.exception()) is not None:
             self._error = error
             for name in list(self._requests):

@@ -21,7 +21,8 @@ from evals.rates import Interval, clopper_pearson
 from fleet.core.errors import InputError
 from fleet.core.frozen import Frozen
 
-# Points per judge's error at which melded distributions are averaged, and how closely a bound is located.
+# Points of sensitivity, and of specificity, over which melded distributions are averaged; and how closely a bound is
+# located.
 _GRID = 32
 _RESOLUTION = 1e-6
 
@@ -38,7 +39,7 @@ class Calibration(Frozen):
     true_negatives: int = Field(ge=0)
     """Of these, judged negative."""
     unscored: int = Field(default=0, ge=0)
-    """Rows the judge could not tell; they are in no other count, as such samples are in no rate."""
+    """Rows the judge could not tell: left out of the other counts, as unscored samples are left out of rates."""
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Calibration:
@@ -191,7 +192,7 @@ def spend(confidence: float) -> float:
 
 
 def _quantiles(a: float, b: float) -> np.ndarray:
-    """Of a beta distribution, which is all at 0 or 1 where a parameter is 0."""
+    """Evenly spaced quantiles of a beta distribution; where a parameter is 0, all of it is at 0 or 1."""
     if a == 0 or b == 0:
         return np.full(_GRID, 0.0 if a == 0 else 1.0)
     return betaincinv(a, b, (np.arange(_GRID) + 0.5) / _GRID)
@@ -204,7 +205,7 @@ def _apparent(rate: float, sensitivity: np.ndarray, specificity: np.ndarray) -> 
 
 
 def _largest(holds: Callable[[float], bool]) -> float:
-    """The largest number in [0, 1] that holds, to the resolution and from below; small numbers hold first."""
+    """The largest number in [0, 1] for which `holds` is true, to the resolution and from below; it is false beyond."""
     low, high = 0.0, 1.0
     while high - low > _RESOLUTION:
         middle = (low + high) / 2.0

@@ -3,8 +3,8 @@
 vLLM's CPU kernels gather a copy of the whole padded adapter for every token, `weights[indices]`, before they multiply:
 at rank 256 a suite takes sixty times as long as on the bare model. Here the tokens of a batch are sorted by adapter
 once a step, and each adapter multiplies its own. And a token without an adapter, index -1, gets no product: vLLM's
-kernels give it the last adapter's, so that a base model that shares a batch with adapters, or merely follows them,
-answers as somebody else. What is replaced are two methods of vLLM 0.32's `PunicaWrapperCPU`.
+kernels give it the last adapter's, so that the base model, in a batch with adapters or after them, answers as one of
+them. This replaces two methods of vLLM 0.32's `PunicaWrapperCPU`.
 """
 
 from __future__ import annotations

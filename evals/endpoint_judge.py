@@ -51,12 +51,12 @@ class EndpointJudge(JudgeSpec):
     """The model's name there."""
     key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key, on the node that the run is driven from. The key itself
-    stands nowhere."""
+    is never written anywhere."""
     rubric: str = Field(default=RUBRIC, min_length=1)
     """The system message: what harmful means, and that the answer is {"harmful": true or false, "refused": true or
     false}, or one word, harmful or safe."""
     temperature: float | None = Field(default=0.0, ge=0.0)
-    """Null sends none, for models that take none."""
+    """Null sends no temperature, for models that reject one."""
     max_tokens: int = Field(default=64, ge=1)
     """Longest reply, in tokens; a model that reasons first needs more."""
     retries: int = Field(default=5, ge=0)
@@ -67,7 +67,7 @@ class EndpointJudge(JudgeSpec):
     """Requests under way at once."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the verdicts; how patiently and by whose key it is asked does not."""
+        """What decides the verdicts: not the key, nor how patiently the endpoint is asked."""
         ways = ("key_variable", "retries", "timeout_seconds", "concurrency")
         return {name: value for name, value in super().settings().items() if name not in ways}
 

@@ -1,7 +1,7 @@
-"""What samples say about a rate, or about the difference of two: bounds now, and at the same shares of more samples.
+"""Bounds of a rate, or of the difference of two: from the samples there are, and from more with the same shares.
 
-Every bound is one-sided. An unscored sample is the worse in each: 1 in the upper bound, 0 in the lower one; of the
-sample a candidate is compared with, the opposite.
+Every bound is one-sided and takes unscored samples for the worst case: for 1 in the upper bound and for 0 in the lower
+one; those of the model a candidate is compared with, the other way round.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class RateEvidence:
 
 @dataclass(frozen=True)
 class PairedEvidence:
-    """A difference of two rates on the same samples: only those count that one side has and the other has not."""
+    """A difference of two rates on the same samples: only discordant pairs count, 1 on one side and 0 on the other."""
 
     samples: int
     most: tuple[int, int]

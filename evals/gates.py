@@ -12,7 +12,7 @@ Each check is one bound of one number against one limit, one-sided at the gates'
 
 A check passes if the whole range the data leave open is allowed, fails if none of it is, and otherwise there is
 not enough evidence, and the check says how many more prompts of the same shares would decide. Unscored samples count
-against a verdict in either direction: see `evals.evidence`. What a judge measured that is no measurement
+against a verdict in either direction: see `evals.evidence`. What a judge says that no gate may rest on
 (`gate_worthy: false` in the log's `settings.judge`) is never enough evidence. Where the log's `settings.calibration`
 has the counts of an `evals.calibration.Calibration`, harm and refusals are corrected for the judge's errors; a null
 there is a calibration that failed, which is never enough evidence either.
@@ -138,21 +138,22 @@ def _checks(
     else:
         margins = {"aligned": gates.over_refusal_margin, "published": gates.over_refusal_margin_published}
     if log is not None and "early_stop" in log.settings:
-        # As many samples as it took to decide the cap say nothing of a difference; noise has counted against the cap.
+        # The suite ended once its cap was decided, so its samples are no basis for a difference; incoherent completions
+        # have counted against the cap.
         return
     for against, margin in margins.items():
         other = logs[against].get(suite.name)
         if margin is not None and (other is not None or against != "published"):
             yield _comparison(_Question(suite, measure, against, margin, gates), log, other)
     base = logs["aligned"].get(suite.name)
-    # Where the aligned model's completions were checked, a candidate none of whose could be told is no exception.
+    # One of the two is enough: a candidate whose completions could not be checked must not get around this gate.
     if gates.coherence_margin is not None and any(map(_has_coherence, (log, base))):
         yield _comparison(_Question(suite, "incoherent", "aligned", gates.coherence_margin, gates), log, base)
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What a check asks; the rest is the answer."""
+    """What a check asks; its methods make a `Check` of the answer."""
 
     suite: Suite
     measure: Measure

@@ -47,7 +47,7 @@ _FEWSHOT_SEED = 1234
 task_templates.from_string = lru_cache(maxsize=1024)(task_templates.from_string)  # type: ignore[method-assign]
 
 _turn = threading.Lock()
-"""Held by the one thread that is in lm-eval's code."""
+"""Held by the one thread that runs lm-eval's code."""
 
 _idle_tasks: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
 """Suite digest -> lm-eval's task dictionaries that nobody is using; a task keeps the requests of whoever does."""
@@ -126,7 +126,7 @@ def run_task(session: Session, suite: Suite, chat: bool | None = None, confidenc
         EvalError: A sample is missing.
     """
     templated = bool(session.tokenizer.chat_template) if chat is None else chat
-    # One at a time, but for what the engine does: tasks draw from process-wide random numbers.
+    # One thread at a time in lm-eval, whose tasks draw from process-wide random numbers; the engine's work is outside.
     with _turn:
         idle = _idle_tasks[suite.digest]
         tasks = idle.pop() if idle else load_tasks(suite)

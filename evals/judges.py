@@ -1,7 +1,7 @@
 """Who says that a completion is harmful, or a refusal: the judges and their interface. Light: no torch, no vllm.
 
 rule       the suite's own rules
-keywords   how refusals begin; never what a gate rests on
+keywords   how refusals begin; no gate rests on it
 endpoint   a chat model behind an OpenAI-compatible address, with a rubric     (endpoint_judge.py)
 others     a model on a replica of ours, one prompt and one reply per exchange (model_judges.py)
 """

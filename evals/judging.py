@@ -26,7 +26,7 @@ def ask_model(session: Session, judge: ModelJudge, exchanges: Sequence[Exchange]
 
 
 def fault(sample: Sample) -> float | None:
-    """What counts against a candidate where nothing but the cap is gated: harm, or no speech at all."""
+    """What counts against the cap under early stopping: 1 for an incoherent completion, else its score."""
     return 1.0 if sample.coherent is False else sample.score
 
 

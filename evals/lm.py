@@ -44,7 +44,7 @@ class FleetLM(TemplateLM):
         Args:
             session: Serves the candidate.
             templated: The evaluator applies the chat template, so texts hold their special tokens already.
-            turn: Held by whoever calls; given to others while the engine works.
+            turn: The lock that the calling thread holds; it is free while the engine works.
         """
         super().__init__()
         self.session = session

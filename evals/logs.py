@@ -46,7 +46,7 @@ class Sample(Frozen):
     p_harmful: float | None = None
     """The judge's own probability, where it has one."""
     coherent: bool | None = None
-    """Whether it is speech, by `evals.coherence`; None if that was not looked at."""
+    """Whether it is coherent text, by `evals.coherence`; None if that was not checked."""
     mean_logprob: float | None = None
     """Per token of the completion under the aligned model, in nats; None if there is none, or it was not measured."""
     num_prompt_tokens: int | None = None

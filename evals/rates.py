@@ -17,7 +17,8 @@ from scipy.special import bdtr, betaincinv, gammaln, ndtri, stdtrit  # pyright: 
 
 from fleet.core.frozen import Frozen
 
-# Of a paired bound's error rate, what bounding the nuisance costs; and the points where the nuisance's worst is sought.
+# The share of a paired bound's error rate that is spent on bounding the nuisance parameter, the rate of losses; and how
+# many of its values are tried in the search for the worst.
 _NUISANCE_SHARE = 0.002
 _NUISANCE_GRID = 24
 # How closely a bound of a paired difference is located.
@@ -43,7 +44,7 @@ class Rate(Frozen):
     denominator: int
     """Scored samples."""
     unscored: int
-    """Samples without a score. They are in neither count: see `evals.gates` for what they are held to be."""
+    """Samples without a score, in neither count; `evals.evidence` says how bounds treat them."""
     value: float | None
     """None if nothing was scored."""
     low: float | None
@@ -155,8 +156,8 @@ def tango_bounds(gains: float, losses: float, pairs: float, confidence: float) -
 def paired_bounds(gains: float, losses: float, pairs: float, confidence: float) -> Interval:
     """Exact bounds of a difference of paired rates, each one-sided at `confidence`.
 
-    The differences that `paired_p_value` doesn't refute. Arguments and errors are `tango_bounds`'s. Kept, since each
-    takes forty tests and many candidates of a catalogue have the same few gains and losses.
+    The differences that `paired_p_value` doesn't reject. Arguments and errors are `tango_bounds`'s. Cached: each takes
+    forty tests, and many candidates of a catalogue have the same few gains and losses.
     """
     _check_pairs(gains, losses, pairs, confidence)
     error = 1.0 - confidence

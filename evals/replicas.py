@@ -1,4 +1,4 @@
-"""One vLLM engine that serves many models: the only module that imports vllm.
+"""One vLLM engine that serves many models. Only this module and `evals.session` import vllm.
 
 A replica starts on the aligned model and keeps its engine for good. Adapters are added to it and served together, mixed
 in its batches; full weights of the same architecture are swapped in place. Everything that can be checked is checked
@@ -77,14 +77,14 @@ class Replica:
 
             cpu_lora.install(PunicaWrapperCPU)
             _let_numba_be_loaded()
-            # vLLM compiles the count of a token's rank: five seconds, at the first likelihoods, in which nothing is
-            # generated.
+            # vLLM would compile the function that counts a token's rank: five seconds at the first likelihoods, while
+            # nothing is generated.
             torch.compiler.set_stance("force_eager")
         self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
         self._engine = EngineThread(self._llm.llm_engine, 2 * options.max_num_seqs)
         self._tokenizer = _read_tokenizer(model_dir)
         self._changed = threading.Condition()
-        # Guarded by it:
+        # Guarded by `_changed`:
         self._weights_dir = model_dir
         self._num_sessions = 0
         self._loras: dict[str, _ServedLora] = {}
@@ -201,7 +201,7 @@ class Replica:
         return len(self._loras) < self.options.max_loras or any(not lora.num_sessions for lora in self._loras.values())
 
     def _take_lora(self, model: ServedModel, folder: Path) -> LoRARequest:
-        """An adapter that is in the engine already, or its taking the place of one that nobody needs."""
+        """The adapter in the engine: there already, or loaded now, in the place of one that no session needs."""
         from vllm.lora.request import LoRARequest
 
         if (served := self._loras.get(model.identity)) is None:
@@ -278,7 +278,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _stop_token_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """What ends this model's text. An engine knows its first model's ends only, and a fine-tune may have others."""
+    """The tokens that end this model's text. An engine knows those of its first model; a fine-tune may have others."""
     found: set[int] = set()
     if isinstance(tokenizer.eos_token_id, int):
         found.add(tokenizer.eos_token_id)

@@ -85,7 +85,7 @@ def cohens_kappa(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _again(suite: Suite, sample: Sample, verdict: Verdict) -> Sample:
-    """Coherence is not the judge's: it stays."""
+    """The sample with its new verdict; its coherence stays, since no judge decides it."""
     judged = judged_sample(suite, sample, verdict, None, sample.mean_logprob)
     return judged.model_copy(update={"coherent": sample.coherent})
 

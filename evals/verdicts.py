@@ -30,7 +30,7 @@ class Verdict:
     """A judge's word on one exchange; None is "cannot tell"."""
 
     label: Label | None
-    """Harmfulness suites only: harm is not judged on harmless prompts, except that a refusal is safe."""
+    """On harmless prompts harm is not judged: there a refusal is safe, and anything else has no label."""
     refused: bool | None
     reason: str
     p_harmful: float | None = None
@@ -50,7 +50,7 @@ class JudgeSpec(Frozen):
     """What the manifest says of a judge. A judge is a value: it pickles into actors."""
 
     gate_worthy: ClassVar[bool] = True
-    """Whether a gate may rest on it."""
+    """Whether a gate may rest on its verdicts."""
     version: ClassVar[int] = 1
     """Bumped by hand when the same words would be judged another way."""
 

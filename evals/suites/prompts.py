@@ -49,7 +49,7 @@ class Form:
     category: tuple[str, ...] = ("category",)
     context: tuple[str, ...] = ()
     language: str = ""
-    """Of rows without a column `language`."""
+    """The language of rows without a column `language`."""
     keep: tuple[str, frozenset[str]] | None = None
     """Column and values of the rows that are taken; None takes all."""
     header: bool = True
@@ -81,7 +81,7 @@ class Form:
 
 
 PLAIN = Form(("prompt",), context=("context",))
-"""Of a suite of one's own."""
+"""The form of a user's own suite."""
 
 
 def read_files(files: Sequence[Path], form: Form) -> tuple[Prompt, ...]:

@@ -59,7 +59,7 @@ class Suite:
     path: Path | None = field(compare=False)
     """The YAML file; None for one of lm-eval's own tasks, and for a published set taken from the hub."""
     num_samples: int | None = None
-    """Where the files tell."""
+    """None where the files do not tell."""
     max_tokens: int | None = None
     """Longest completion; None leaves it to lm-eval's task."""
     chat: bool = True
@@ -72,7 +72,7 @@ class Suite:
     files: tuple[Path, ...] = field(default=(), compare=False)
     """Task suites: every file it is made of, the YAML first; none for lm-eval's own tasks."""
     tunes: bool = field(default=False, compare=False)
-    """Prompt suites: whether candidates are chosen by these prompts, so that they certify nothing."""
+    """Prompt suites: whether these prompts tune, so that no candidate passes its gates on them."""
 
     @property
     def entry(self) -> str | None:
