@@ -5,7 +5,7 @@ UV_VERSION := 0.13.8
 TORCH_VERSION := 2.13.0
 BIN := .venv/bin
 
-.PHONY: setup demo test check import-guard schema lock clean
+.PHONY: setup demo fast test check import-guard schema lock clean
 
 setup: .venv/installed-$(EXTRA)
 
@@ -24,9 +24,13 @@ setup: .venv/installed-$(EXTRA)
 demo: setup
 	$(BIN)/python -m fleet.realign --manifest models.json
 
+# What needs no Ray, engine, S3 server or training: under a minute.
+fast: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm and not s3 and not slow"
+
 # A file's tests stay together, because they share a Ray and an engine.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 check: setup
 	$(BIN)/ruff check .

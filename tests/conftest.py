@@ -1,4 +1,7 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the marks that their use means.
+
+Nothing heavy is imported here: a test file that needs no torch, Ray or S3 client runs without loading one.
+"""
 
 # pyright: reportMissingTypeStubs=false
 
@@ -15,11 +18,30 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import boto3.session
 import pytest
-import ray
 
 from tests.catalogue import make_catalogue
+
+# A test is marked by what the fixtures it uses do, directly or through another fixture. A test that starts something
+# itself, or is slow by itself, carries the mark in its file.
+MARK_BY_FIXTURE = {
+    "s3_endpoint": "s3",
+    "local_ray": "ray",
+    "head": "ray",  # tests/jobs/test_jobs.py
+    "engines": "vllm",  # tests/work/test_scoring.py
+    "finished": "vllm",  # tests/run/test_realign.py
+    "replica": "vllm",  # tests/evals/test_replicas.py
+    "bench": "slow",  # tests/masks/test_mask_training.py
+    "sharded": "slow",  # tests/masks/test_masked_model.py
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest itself chooses by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, mark in MARK_BY_FIXTURE.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +78,8 @@ def s3_endpoint() -> Generator[str]:
 @pytest.fixture
 def s3_bucket(s3_endpoint: str) -> str:
     """The name of a new, empty bucket."""
+    import boto3.session
+
     name = f"test-{uuid.uuid4().hex}"
     session: Any = boto3.session.Session()
     session.client("s3").create_bucket(Bucket=name)
@@ -83,6 +107,8 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def local_ray(s3_endpoint: str) -> Generator[None]:
     """One Ray for the whole session, whose workers know the S3 server; tests never start their own in this process."""
+    import ray
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)

@@ -79,6 +79,7 @@ def test_command_judges_a_folder_and_says_what_it_found(
     assert [s.label for s in read_samples(out.read_bytes())] == ["safe", "harmful"]
 
 
+@pytest.mark.vllm
 def test_command_starts_a_judge_model_and_takes_its_word(suite_file: Path, tmp_path: Path) -> None:
     """In a process of its own, as a user types it; the judge is shorter than the longest prompt an engine takes."""
     judge = {
