@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fleet.checkpoint.belongs import ARCHITECTURE_FIELDS
 from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.peft_rules import declared_ranks, why_unservable
 from fleet.core.errors import EvalError
 from fleet.core.identity import Json
 
@@ -39,25 +40,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 MAX_SERVED_RANK = VLLM_RANKS[-1]
 """The largest LoRA rank vLLM serves."""
-
-# Initialisations that only choose the adapter's first values; the others (PiSSA, OLoRA, CorDA, LoftQ, …)
-# change the base weights when PEFT loads the adapter, which vLLM does not do.
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-
-# Features of PEFT's LoRA that an engine would refuse or, worse, leave out.
-_REFUSED_FEATURES = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias on the LoRA factors",
-    "modules_to_save": "fully trained modules (modules_to_save)",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "layer replication",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
-    "kasa_config": "KaSA",
-    "arrow_config": "Arrow routing",
-    "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
-}
 
 # Fields of config.json, beside the shapes, that change what the same weights compute.
 _COMPUTED_FIELDS = (
@@ -232,24 +214,14 @@ def unservable(
 
     Every reason is listed, in one line. The other way to score such an adapter is to merge it into full weights.
     """
-    reasons: list[str] = []
-    if (kind := adapter_config.get("peft_type")) != "LORA":
-        reasons.append(f"its peft_type is {kind}, not LORA")
-    for key, feature in _REFUSED_FEATURES.items():
-        if adapter_config.get(key):
-            reasons.append(f"it uses {feature}")
-    if (bias := adapter_config.get("bias", "none")) != "none":
-        reasons.append(f"it trains biases (bias={bias!r})")
-    init = adapter_config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        reasons.append(f"init_lora_weights={init!r} changes the base weights")
-    ranks = [adapter_config.get("r", 0), *(adapter_config.get("rank_pattern") or {}).values()]
+    reasons = why_unservable(adapter_config)
+    ranks = declared_ranks(adapter_config)
     if not max_rank:
         reasons.append("the engine was built without LoRA (max_lora_rank 0)")
-    elif not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+    elif len(whole := [rank for rank in ranks if isinstance(rank, int) and rank > 0]) < len(ranks):
         reasons.append(f"its ranks are not all positive whole numbers: {ranks}")
-    elif max(ranks) > max_rank:
-        reasons.append(f"its rank {max(ranks)} is above the engine's {max_rank}")
+    elif max(whole) > max_rank:
+        reasons.append(f"its rank {max(whole)} is above the engine's {max_rank}")
     # A string is a pattern (or "all-linear"): what it reached only shows in the tensors, see `unserved_modules`.
     targets: Json = adapter_config.get("target_modules")
     if isinstance(targets, list) and (reason := unserved_modules(map(str, targets), target_modules)):

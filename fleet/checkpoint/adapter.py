@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
 from fleet.checkpoint.headers import TensorInfo, check_dtypes, read_headers, read_json
 from fleet.checkpoint.modules import MODULE_EXCLUDED
-from fleet.checkpoint.peft_rules import check_adapter_config, pattern_value
+from fleet.checkpoint.peft_rules import declared_rank, declared_scale, why_unreadable
 from fleet.core.errors import CheckpointError, some
 from fleet.core.identity import Json
 from fleet.store import Folder
@@ -108,7 +107,8 @@ class Adapter:
 
 def read_adapter(folder: Folder) -> Adapter:
     config = read_json(folder, "adapter_config.json")
-    check_adapter_config(folder.uri, config)
+    if reason := why_unreadable(config):
+        raise CheckpointError(f"{folder.uri}: {reason}")
     tensors = read_headers(folder, "adapter")
     check_dtypes(folder.uri, tensors)
     found: dict[str, dict[str, TensorInfo]] = {}
@@ -154,12 +154,9 @@ def _lora_module(where: str, config: dict[str, Json], module: str, roles: dict[s
             )
     a, b = roles[names[0]], roles[names[1]]
     rank = a.shape[0]
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float):
-            raise CheckpointError(f"{where}: adapter_config.json: {field} is {config.get(field)!r}, not a number")
     if rank == 0:
         raise CheckpointError(f"{where}: module {module}: lora_A is {a.shape}, an update of rank 0")
-    declared = pattern_value(config.get("rank_pattern"), module, float(config["r"]))  # type: ignore[arg-type]
+    declared = declared_rank(where, config, module)
     if b.shape[1] != rank or rank != declared:
         raise CheckpointError(
             f"{where}: module {module}: lora_A is {a.shape} and lora_B is {b.shape}, but adapter_config.json says "
@@ -169,6 +166,4 @@ def _lora_module(where: str, config: dict[str, Json], module: str, roles: dict[s
     for role, info in (("magnitude", magnitude), ("bias", bias)):
         if info is not None and info.shape != b.shape[:1]:
             raise CheckpointError(f"{where}: module {module}: the {role} is {info.shape}, but lora_B is {b.shape}")
-    alpha = pattern_value(config.get("alpha_pattern"), module, float(config["lora_alpha"]))  # type: ignore[arg-type]
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LoraModule(a, b, scale, magnitude, embedding, bias)
+    return LoraModule(a, b, declared_scale(where, config, module, rank), magnitude, embedding, bias)

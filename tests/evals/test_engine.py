@@ -58,6 +58,8 @@ def test_unservable_plain_adapter_is_served() -> None:
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+        ({"velora_config": {}}, "VeLoRA"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
