@@ -15,7 +15,7 @@ from fleet.core.errors import CheckpointError
 from fleet.masks.concrete import hardened, multipliers
 from fleet.masks.files import MASK_FILE, SHARED, read_granularity
 from fleet.masks.granularity import MASKS, Granularity
-from fleet.methods.somf import Somf
+from fleet.methods.mask_spec import MaskSpec
 from fleet.store import Folder, open_folder
 
 
@@ -27,7 +27,7 @@ class LearnedMask:
     granularity: Granularity
     logits: dict[str, TensorInfo]
 
-    def apply(self, method: Somf, model: str, tensor: str, delta: Delta, origin: Delta | None) -> Delta:
+    def apply(self, method: MaskSpec, model: str, tensor: str, delta: Delta, origin: Delta | None) -> Delta:
         """δ' = m ⊙ δ / mean(m) of one whole tensor; δ itself where the mask has no logits for it.
 
         Args:

@@ -40,7 +40,7 @@ from fleet.fusion.place import Place, places
 from fleet.masks.concrete import draw_, floored, logit_gradient_, masked_weight_, relaxed, weighted_sum
 from fleet.masks.files import SHARED
 from fleet.masks.granularity import MASKS, Part
-from fleet.methods.somf import Somf
+from fleet.methods.mask_spec import MaskSpec
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class MaskedModel:
         aligned: FullModel,
         members: Sequence[MaskedMember],
         fusion: AnyFusionMethod | None,
-        method: Somf,
+        method: MaskSpec,
         origin: Adapter | None,
         group: Group,
     ) -> None:
@@ -358,7 +358,7 @@ class _MaskedTensor:
     parameter: torch.Tensor
     theta: torch.Tensor
     base: torch.Tensor
-    method: Somf
+    method: MaskSpec
     deltas: dict[str, Delta]
     masks: dict[str, dict[str, Logits]]
     """Model -> part -> its logits, as in `deltas`."""

@@ -11,7 +11,7 @@ from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.member import Member
 from fleet.masks.texts import Row, TextSet
-from fleet.methods.somf import Somf
+from fleet.methods.mask_spec import MaskSpec
 from fleet.store import open_store
 from fleet.store.entry import FileEntry
 
@@ -64,7 +64,7 @@ class MaskTask:
     aligned: str
     members: tuple[Member, ...]
     fusion: AnyFusionMethod | None
-    method: Somf
+    method: MaskSpec
     safety: str | None
     """What a factor mask reverts to."""
     preferences: Texts

@@ -44,7 +44,7 @@ from fleet.masks.objective import (
 )
 from fleet.masks.tasks import NOTHING, LogProbsTask, MaskTask, Trained
 from fleet.masks.texts import Row, split
-from fleet.methods.somf import MaskTraining
+from fleet.methods.mask_spec import MaskTraining
 from fleet.store import Folder, Store, open_folder, open_store
 from fleet.store.entry import FileEntry
 

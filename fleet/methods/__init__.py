@@ -8,11 +8,12 @@ from fleet.methods.base import Decision, ModuleStatistics, Ranks, RealignMethod
 from fleet.methods.controls import Control, Edit, Noise, RandomModules, RandomSubspace, UniformScaling
 from fleet.methods.csulora import CsuLora
 from fleet.methods.lox import Lox
+from fleet.methods.mask_spec import MaskTraining
 from fleet.methods.resta import Resta
 from fleet.methods.revert import Revert
 from fleet.methods.safe_lora import SafeLora
 from fleet.methods.safemerge import SafeMerge
-from fleet.methods.somf import MaskTraining, Somf
+from fleet.methods.somf import Somf
 from fleet.methods.splora import SpLora
 from fleet.methods.wise_ft import WiseFt
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeA
 from pydantic import BaseModel, ConfigDict, Field
 
 from fleet.core.identity import Json
+from fleet.methods.mask_spec import MaskSpec
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fleet.algebra.delta import Delta
     from fleet.algebra.factors import Factors
     from fleet.algebra.spectral import Triplets
-    from fleet.methods.somf import Somf
 
 Need: TypeAlias = Literal["safety", "harmful", "rho", "projection", "mask"]
 """What a method uses beside the task vector: the safety adapter, the harmful model, ρ and gain, VVᵀΔW/‖V‖, a mask."""
@@ -166,7 +166,7 @@ class RealignMethod(BaseModel):
         return None
 
     @property
-    def mask_spec(self) -> Somf | None:
+    def mask_spec(self) -> MaskSpec | None:
         """The learned mask that it applies, or of a control that the method it controls for applies."""
         return None
 

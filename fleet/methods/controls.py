@@ -24,6 +24,7 @@ from fleet.core.identity import Json
 from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
 from fleet.methods.csulora import CsuLora
 from fleet.methods.lox import Lox
+from fleet.methods.mask_spec import MaskSpec
 from fleet.methods.resta import Resta
 from fleet.methods.revert import Revert
 from fleet.methods.safe_lora import SafeLora
@@ -67,7 +68,7 @@ class Control(RealignMethod):
         return self.of
 
     @property
-    def mask_spec(self) -> Somf | None:
+    def mask_spec(self) -> MaskSpec | None:
         return self.of.mask_spec
 
     @property

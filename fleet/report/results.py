@@ -98,7 +98,7 @@ def judge_calibration(steps: Iterable[Step], records: Mapping[str, Record]) -> C
 
 def own_steps(candidate: Candidate) -> list[Step]:
     """The steps that are about this candidate: its survey, its mask, what makes its weights, and its scores."""
-    made = [] if isinstance(candidate.weights, Source) else [candidate.weights]
+    made = [candidate.weights] if isinstance(candidate.weights, Step) else []
     realigned = [step for step in made if isinstance(step, RealignStep)]
     surveys = [step.survey for step in realigned]
     masks = [step.mask for step in realigned if isinstance(step.mask, MaskStep)]

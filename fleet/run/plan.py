@@ -27,7 +27,7 @@ from fleet.core.identity import KEY_DIGITS, digest
 from fleet.manifest import Manifest
 from fleet.masks.files import MASK_FILE, MASK_JSON, read_granularity
 from fleet.masks.texts import TextSet, open_texts
-from fleet.methods import Somf
+from fleet.methods.mask_spec import MaskSpec
 from fleet.steps.base import Step
 from fleet.steps.builder import Candidate, build
 from fleet.steps.context import PlanContext
@@ -200,7 +200,7 @@ def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
             )
 
 
-def _masks(manifest: Manifest) -> list[Somf]:
+def _masks(manifest: Manifest) -> list[MaskSpec]:
     """Every variant's mask."""
     specs = [v.realign.mask_spec for v in manifest.variants if v.realign is not None]
     return [spec for spec in specs if spec is not None]

@@ -13,34 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, TypeVar
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from fleet.core.identity import KEY_DIGITS, Json, fingerprint
+from fleet.steps.record import Result
+from fleet.steps.view import RunView
 
 if TYPE_CHECKING:
-    from fleet.steps.view import RunView
     from fleet.work.unit import Found, PoolName, Unit, UnitRecord
 
 Counted: TypeAlias = Literal["bytes", "prompts", "updates"]
 """What progress counts of a kind's work."""
-
-
-class Result(BaseModel):
-    """What a record says of its step: one subclass per kind, written by the step and read by whoever depends on it.
-
-    A field that the class doesn't name is kept: records of older and newer nights are read, too.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    def literals(self) -> dict[str, Json]:
-        """As the record holds it: the fields that were given."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
-
-AnyResult = TypeVar("AnyResult", bound=Result)
 
 
 @dataclass(frozen=True, kw_only=True)

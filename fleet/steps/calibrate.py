@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from evals.suites import Suite
 from fleet.core.identity import Json
-from fleet.steps.base import NextUnit, Result, Step, UnitList, Walk
+from fleet.steps.base import NextUnit, Step, UnitList, Walk
 from fleet.steps.context import PlanContext
+from fleet.steps.record import Result
 from fleet.steps.view import RunView
 from fleet.work.unit import Found
 

@@ -12,8 +12,9 @@ from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.member import Member, fused_rank
 from fleet.fusion.place import places
-from fleet.steps.base import Result, Step, UnitList, Walk, WeightsStep, unit_per_shard
+from fleet.steps.base import Step, UnitList, Walk, WeightsStep, unit_per_shard
 from fleet.steps.context import PlanContext, literals
+from fleet.steps.record import Result
 from fleet.steps.sources import CurvatureSource, Source, Weights
 from fleet.steps.survey import SurveyStep
 from fleet.steps.trim import TrimResult, TrimStep

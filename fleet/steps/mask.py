@@ -12,9 +12,11 @@ from fleet.fusion.member import Member
 from fleet.manifest import Variant
 from fleet.masks.tasks import Compute, LogProbsTask, MaskTask
 from fleet.masks.texts import TextSet
-from fleet.methods import AnyRealignMethod, Somf
-from fleet.steps.base import Counted, NextUnit, Result, Step, UnitList, Walk
+from fleet.methods import AnyRealignMethod
+from fleet.methods.mask_spec import MaskSpec
+from fleet.steps.base import Counted, NextUnit, Step, UnitList, Walk
 from fleet.steps.context import PlanContext
+from fleet.steps.record import Result
 from fleet.steps.sources import MaskSource, Source
 from fleet.steps.survey import SurveyStep
 from fleet.steps.view import RunView
@@ -41,7 +43,7 @@ class LogProbsStep(Step):
     dtype: str
 
     @classmethod
-    def make(cls, context: PlanContext, method: Somf) -> LogProbsStep:
+    def make(cls, context: PlanContext, method: MaskSpec) -> LogProbsStep:
         """Of the preferences that a method learns from."""
         assert method.preferences is not None
         training, preferences, aligned = method.training, context.texts[method.preferences], context.bases.aligned
@@ -75,7 +77,7 @@ class MaskStep(Step):
 
     members: Mapping[str, Source]
     fusion: AnyFusionMethod | None
-    method: Somf
+    method: MaskSpec
     log_probs: LogProbsStep
     safety: Source | None
     """What a factor mask reverts to."""
@@ -104,7 +106,7 @@ class MaskStep(Step):
         cls,
         context: PlanContext,
         name: str,
-        method: Somf,
+        method: MaskSpec,
         members: Mapping[str, Source],
         fusion: AnyFusionMethod | None,
     ) -> MaskStep:

@@ -16,9 +16,10 @@ from fleet.core.identity import Json, digest
 from fleet.manifest import Variant
 from fleet.methods import AnyRealignMethod, ModuleStatistics
 from fleet.methods.ranks import Parts
-from fleet.steps.base import NextUnit, Result, Step, Walk, WeightsStep, unit_per_shard
+from fleet.steps.base import NextUnit, Step, Walk, WeightsStep, unit_per_shard
 from fleet.steps.context import PlanContext
 from fleet.steps.mask import MaskStep
+from fleet.steps.record import Result
 from fleet.steps.sources import MaskSource, Source
 from fleet.steps.survey import SurveyResult, SurveyStep
 from fleet.steps.view import RunView

@@ -18,14 +18,13 @@ import secrets
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fleet.core.errors import StoreError
 from fleet.core.frozen import Frozen
 from fleet.core.identity import KEY_DIGITS, Json
-from fleet.steps.base import AnyResult, Step
 from fleet.store import Store
 from fleet.store.entry import FileEntry
 from fleet.work.unit import UnitRecord
@@ -36,6 +35,25 @@ class Keyed(Protocol):
 
     @property
     def key(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class Result(BaseModel):
+    """What a record says of its step: one subclass per kind, written by the step and read by whoever depends on it.
+
+    A field that the class doesn't name is kept: records of older and newer nights are read, too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def literals(self) -> dict[str, Json]:
+        """As the record holds it: the fields that were given."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
 
 
 class Record(Frozen):
@@ -93,7 +111,7 @@ def new_attempt() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
-def read_record(store: Store, step: Step) -> Record | None:
+def read_record(store: Store, step: Keyed) -> Record | None:
     """The step's record, or None if it isn't done.
 
     Raises:

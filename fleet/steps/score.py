@@ -17,8 +17,9 @@ from evals.rates import Rate
 from evals.sequential import SequentialDecision, decide
 from evals.suites import Suite, read_prompts
 from fleet.core.identity import KEY_DIGITS, Json, digest
-from fleet.steps.base import Counted, NextUnit, Result, Step, UnitList, Walk
+from fleet.steps.base import Counted, NextUnit, Step, UnitList, Walk
 from fleet.steps.context import PlanContext, literals
+from fleet.steps.record import Result
 from fleet.steps.sources import Source, Weights
 from fleet.steps.view import RunView
 from fleet.work.served import Served
@@ -80,7 +81,7 @@ class ScoreStep(Step):
                 name=f"{scored}.{Path(suite.name).stem}",
                 spec=spec,
                 inputs=inputs,
-                deps=() if isinstance(weights, Source) else (weights,),
+                deps=(weights,) if isinstance(weights, Step) else (),
                 after=after,
                 candidate=candidate,
                 weights=weights,

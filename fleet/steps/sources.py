@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from evals.engine import MAX_SERVED_RANK
 from evals.judges import AnyJudge
@@ -13,7 +13,7 @@ from fleet.checkpoint.curvature import Curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model, require_full_model, touched_tensors
 from fleet.core.identity import Json
-from fleet.steps.base import WeightsStep
+from fleet.steps.record import Keyed
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,34 @@ class Source:
         return tuple(touched_tensors(self.model))
 
 
-Weights: TypeAlias = Source | WeightsStep
+class MakesWeights(Keyed, Protocol):
+    """A step whose files are a model: what can be scored, fused with others, and published."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> str:
+        """Of what it makes."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The base tensors it may have a task vector in."""
+        ...
+
+    @property
+    def as_lora(self) -> bool:
+        """Whether it is written, and served, as a LoRA."""
+        ...
+
+    @property
+    def max_rank(self) -> int:
+        """Of a LoRA, at most: it is the drift that decides what is concatenated. 0 of a full model."""
+        ...
+
+
+Weights: TypeAlias = Source | MakesWeights
 """Where a candidate's weights are: a source of the manifest, or the step that makes them."""
 
 

@@ -11,8 +11,9 @@ from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.methods import ModuleStatistics
-from fleet.steps.base import NextUnit, Result, Step, Walk
+from fleet.steps.base import NextUnit, Step, Walk
 from fleet.steps.context import PlanContext
+from fleet.steps.record import Result
 from fleet.steps.sources import Source
 from fleet.steps.view import UNIT_BYTES, RunView
 

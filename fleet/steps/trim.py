@@ -16,8 +16,9 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.place import Place
-from fleet.steps.base import NextUnit, Result, Step, Walk
+from fleet.steps.base import NextUnit, Step, Walk
 from fleet.steps.context import PlanContext
+from fleet.steps.record import Result
 from fleet.steps.sources import Source, Weights
 from fleet.steps.survey import SurveyStep
 from fleet.steps.view import UNIT_BYTES, RunView

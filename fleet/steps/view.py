@@ -13,8 +13,7 @@ from fleet.core.identity import KEY_DIGITS
 from fleet.manifest import Manifest
 from fleet.masks.tasks import Texts
 from fleet.masks.texts import TextSet
-from fleet.steps.base import AnyResult, Step
-from fleet.steps.record import Keyed, Record, attempt_prefix
+from fleet.steps.record import AnyResult, Keyed, Record, attempt_prefix
 from fleet.steps.sources import Bases, Judging, Source, Weights
 from fleet.store import Store
 from fleet.work.served import SuiteFiles
@@ -43,7 +42,7 @@ class RunView:
         """The aligned model's headers."""
         return self.bases.aligned_model
 
-    def output(self, step: Step, attempt: str) -> Output:
+    def output(self, step: Keyed, attempt: str) -> Output:
         """Where a step's units write."""
         return Output(self.store.uri, attempt_prefix(step, attempt))
 

@@ -34,7 +34,7 @@ from fleet.masks.tasks import Compute, LogProbsTask, MaskTask, Texts, Trained
 from fleet.masks.texts import held_out, open_texts, split
 from fleet.masks.training import LOG_PROBS_FILE, learn_mask, learning_rate, log_probs
 from fleet.methods import Somf
-from fleet.methods.somf import MaskTraining
+from fleet.methods.mask_spec import MaskTraining
 from fleet.store import open_store
 from tests.catalogue import make_continued, preference_rows, prompt_rows, write_rows
 from tests.pico import make_adapter
