@@ -22,6 +22,8 @@ INTENDED = (
 )
 TOLERANCE = 1e-4
 """Relative, of what a processor may round otherwise; absolute for what is near 0, of numbers around 1."""
+BFLOAT16_TOLERANCE = 1e-3
+"""Of a tensor's norm: a last bit of float32 may decide which way some entries are rounded, by 2⁻⁸ of them each."""
 
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
@@ -32,7 +34,7 @@ def changed_lines(expected: Sequence[str], found: Sequence[str]) -> str:
     return "\n".join([INTENDED, *lines])
 
 
-def differences(expected: Any, found: Any, where: str) -> Iterator[str]:
+def differences(expected: Any, found: Any, where: str, tolerance: float = TOLERANCE) -> Iterator[str]:
     """What two JSON documents don't have in common; numbers may differ in their last digits, in sentences too."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in sorted(expected.keys() | found.keys()):
@@ -41,18 +43,19 @@ def differences(expected: Any, found: Any, where: str) -> Iterator[str]:
             elif key not in expected:
                 yield f"{where}/{key}: is new"
             else:
-                yield from differences(expected[key], found[key], f"{where}/{key}")
+                yield from differences(expected[key], found[key], f"{where}/{key}", tolerance)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        tolerance = BFLOAT16_TOLERANCE if expected[:1] == ["torch.bfloat16"] else tolerance
         for i, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-            yield from differences(theirs, ours, f"{where}[{i}]")
+            yield from differences(theirs, ours, f"{where}[{i}]", tolerance)
     elif isinstance(expected, float) and isinstance(found, float):
-        if not math.isclose(expected, found, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+        if not math.isclose(expected, found, rel_tol=tolerance, abs_tol=tolerance):
             yield f"{where}: {found}, was {expected}"
     elif isinstance(expected, str) and isinstance(found, str) and _NUMBER.search(expected):
         if _NUMBER.sub("#", expected) != _NUMBER.sub("#", found):
             yield f"{where}: {found!r}, was {expected!r}"
-        numbers = ([float(n) for n in _NUMBER.findall(text)] for text in (expected, found))
-        yield from differences(*numbers, where)
+        theirs, ours = ([float(number) for number in _NUMBER.findall(text)] for text in (expected, found))
+        yield from differences(theirs, ours, where, tolerance)
     elif expected != found or type(expected) is not type(found):
         yield f"{where}: {found!r}, was {expected!r}"
 
