@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from fleet.checkpoint.headers import TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.headers import TENSOR_BYTES, TensorInfo, check_dtypes, read_headers, read_json
 from fleet.checkpoint.modules import MODULE_EXCLUDED
 from fleet.checkpoint.peft_rules import declared_rank, declared_scale, why_unreadable
 from fleet.core.errors import CheckpointError, some
@@ -86,6 +86,11 @@ class Adapter:
     def num_bytes(self) -> int:
         factors = sum(t.num_bytes for m in self.modules.values() for t in m.tensors)
         return factors + sum(t.num_bytes for t in self.replaced.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the headers take."""
+        return TENSOR_BYTES * (sum(len(m.tensors) for m in self.modules.values()) + len(self.replaced))
 
     @cached_property
     def is_lora(self) -> bool:

@@ -30,7 +30,8 @@ class CurvatureOf(Mapping[str, torch.Tensor]):
         tensor: str,
     ) -> None:
         self._kind = kind
-        self._curvatures = curvatures if all(tensor in c.tensors for c in curvatures.values()) else {}
+        known = all(tensor in c.tensors for c in curvatures.values())
+        self._curvatures: Mapping[str, Curvature] = curvatures if known else {}
         self._aligned = aligned
         self._tensor = tensor
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fleet.checkpoint.headers import FP8_DTYPES, TensorInfo, check_dtypes, read_headers, read_json
-from fleet.checkpoint.views import ViewFolder, dequantised, fp8_method
+from fleet.checkpoint.fp8 import dequantised, fp8_method
+from fleet.checkpoint.headers import FP8_DTYPES, TENSOR_BYTES, TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.views import ViewFolder
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.store import Folder
@@ -31,6 +32,12 @@ class FullModel:
     @property
     def num_bytes(self) -> int:
         return sum(t.num_bytes for t in self.tensors.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the headers take, and the view of the files if there is one."""
+        view_bytes = self.folder.memory_bytes if isinstance(self.folder, ViewFolder) else 0
+        return len(self.tensors) * TENSOR_BYTES + view_bytes
 
     @property
     def is_view(self) -> bool:

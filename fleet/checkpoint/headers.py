@@ -28,6 +28,12 @@ _QUANTISED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I32"})
 INDEX_FILE = "model.safetensors.index.json"
 """Which of a model's several files holds which tensor, as transformers writes and reads it."""
 
+TENSOR_BYTES = 450
+"""Memory of one `TensorInfo` under its name in a dict (measured with tracemalloc: 426 bytes for long names)."""
+
+HEADERS_CACHE_BYTES = 256 << 20
+"""Memory in which one cache keeps headers: those of half a million tensors."""
+
 HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit; a larger claim is a lie or damage, and is refused before it is allocated."""
 
@@ -96,7 +102,7 @@ def read_header(folder: Folder, file: str, size: int) -> dict[str, TensorInfo]:
     raw = bytearray(length)
     folder.read_into(file, 8, memoryview(raw))
     try:
-        header = json.loads(raw)
+        header: Json = json.loads(raw)
     except ValueError as e:
         raise CheckpointError(f"{where}: the safetensors header is not valid JSON ({e}); copy the file again") from e
     if not isinstance(header, dict):
@@ -119,7 +125,7 @@ def read_file_header(folder: Folder, file: str) -> dict[str, TensorInfo]:
     return read_header(folder, file, files[file])
 
 
-def _tensor_info(where: str, file: str, name: str, entry: object, data_start: int) -> TensorInfo:
+def _tensor_info(where: str, file: str, name: str, entry: Json, data_start: int) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
@@ -127,14 +133,15 @@ def _tensor_info(where: str, file: str, name: str, entry: object, data_start: in
             raise CheckpointError(f"{where}: tensor {name}: malformed header entry {entry!r}")
     if dtype not in KNOWN_DTYPE_BYTES:
         raise CheckpointError(f"{where}: tensor {name}: dtype {dtype} is not supported")
-    if not all(isinstance(d, int) and d >= 0 for d in shape):
+    sizes = tuple(size for size in shape if isinstance(size, int) and size >= 0)
+    if len(sizes) < len(shape):
         raise CheckpointError(f"{where}: tensor {name}: malformed shape {shape!r}")
-    expected = math.prod(shape) * KNOWN_DTYPE_BYTES[dtype]
+    expected = math.prod(sizes) * KNOWN_DTYPE_BYTES[dtype]
     if stop - start != expected or start < 0:
         raise CheckpointError(
             f"{where}: tensor {name}: {dtype} {shape} needs {expected} bytes but the header gives {stop - start}"
         )
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + start, data_start + stop)
+    return TensorInfo(name, dtype, sizes, file, data_start + start, data_start + stop)
 
 
 def _check_layout(where: str, tensors: list[TensorInfo], data_start: int, size: int) -> None:
@@ -219,7 +226,7 @@ def shard_name(index: int, count: int) -> str:
 
 def read_json(folder: Folder, name: str) -> dict[str, Json]:
     try:
-        value = json.loads(folder.read(name))
+        value: Json = json.loads(folder.read(name))
     except ValueError as e:
         raise CheckpointError(f"{folder.uri}/{name}: not valid JSON ({e})") from e
     if not isinstance(value, dict):

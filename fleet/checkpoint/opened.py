@@ -6,24 +6,13 @@ same models. They are for what doesn't change while a process runs: artifacts, p
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.curvature import Curvature, read_curvature
 from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.headers import HEADERS_CACHE_BYTES, TENSOR_BYTES
 from fleet.checkpoint.model import Model, read_model, require_full_model
-from fleet.checkpoint.views import ViewFolder
 from fleet.checkpoint.vocabulary import VOCABULARY_SCHEME, open_in_vocabulary
 from fleet.core.sized_cache import SizedCache
 from fleet.store import Folder, open_folder
-
-CACHE_BYTES = 256 << 20
-"""Memory for the headers of models, and as much for those of curvatures: half a million tensors each."""
-
-TENSOR_BYTES = 450
-"""Memory of one `TensorInfo` under its name in a dict (measured with tracemalloc: 426 bytes for long names)."""
-
-_Headers: TypeAlias = FullModel | Adapter | Curvature
 
 
 def open_model_folder(uri: str) -> Folder:
@@ -66,17 +55,9 @@ def open_curvature(uri: str) -> Curvature:
     return _curvatures(uri)
 
 
-def memory_bytes(headers: _Headers) -> int:
-    """About how much memory the headers of a model or a curvature take."""
-    if isinstance(headers, Adapter):
-        count = sum(len(module.tensors) for module in headers.modules.values()) + len(headers.replaced)
-    else:
-        count = len(headers.tensors)
-    view_bytes = headers.folder.memory_bytes if isinstance(headers.folder, ViewFolder) else 0
-    return count * TENSOR_BYTES + view_bytes
-
-
-_models: SizedCache[str, Model] = SizedCache(lambda uri: read_model(open_model_folder(uri)), memory_bytes, CACHE_BYTES)
+_models: SizedCache[str, Model] = SizedCache(
+    lambda uri: read_model(open_model_folder(uri)), lambda model: model.memory_bytes, HEADERS_CACHE_BYTES
+)
 _curvatures: SizedCache[str, Curvature] = SizedCache(
-    lambda uri: read_curvature(open_folder(uri)), memory_bytes, CACHE_BYTES
+    lambda uri: read_curvature(open_folder(uri)), lambda found: len(found.tensors) * TENSOR_BYTES, HEADERS_CACHE_BYTES
 )

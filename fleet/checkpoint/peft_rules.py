@@ -14,9 +14,9 @@ from typing import NamedTuple
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 
-_NO_FLAG = (None, False)
-_NO_LIST = (None, [])
-_NO_CONFIG = (None,)  # PEFT takes an empty object for a config of defaults, which asks for the feature
+_NO_FLAG: tuple[object, ...] = (None, False)
+_NO_LIST: tuple[object, ...] = (None, [])
+_NO_CONFIG: tuple[object, ...] = (None,)  # to PEFT `{}` is a config of defaults, which asks for the feature
 
 
 class _Feature(NamedTuple):

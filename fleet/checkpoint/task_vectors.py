@@ -8,6 +8,8 @@ Weights are in canonical orientation, (d_out, d_in) and (E, d_out, d_in) for sta
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank
@@ -85,7 +87,8 @@ def _update(adapter: Adapter, name: str, base: torch.Tensor) -> Delta | None:
     # table (peft 0.21.2, tuners/lora/variants.py, merge_safe of DoraLinearVariant and DoraEmbeddingVariant).
     across = 0 if module.embedding else 1
     moved = base + product.dense()
-    norm = torch.linalg.vector_norm(moved, dim=across, keepdim=True)
+    found = torch.linalg.vector_norm(moved, dim=across, keepdim=True)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    norm = cast("torch.Tensor", found)
     return Dense(_read(adapter, module.magnitude).unsqueeze(across) / norm * moved - base)
 
 

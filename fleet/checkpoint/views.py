@@ -4,23 +4,20 @@ A `ViewFolder` is a folder like any other. Its safetensors files have the names 
 their own, and data that is either another file's bytes or computed, row by row, from them. So whatever reads, fuses or
 serves a model does that with a view, too.
 
-Here are the files of fp8 models, dequantised; `fleet.checkpoint.vocabulary` has those in another vocabulary.
+`fleet.checkpoint.fp8` makes views of fp8 models, `fleet.checkpoint.vocabulary` of models in another vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from fleet.checkpoint.headers import (
-    FP8_DTYPES,
     INDEX_FILE,
     KNOWN_DTYPE_BYTES,
     TensorInfo,
@@ -28,25 +25,14 @@ from fleet.checkpoint.headers import (
     header_bytes,
     json_bytes,
 )
-from fleet.core.errors import CheckpointError, SourceError
+from fleet.core.errors import SourceError
 from fleet.core.identity import Json, digest
 from fleet.store import Folder
 from fleet.store.download import download
 from fleet.store.local import LocalFolder
 
-if TYPE_CHECKING:
-    import torch
-
-BLOCK = (128, 128)
-"""Rows and columns that share a scale where `quantization_config` doesn't say: what DeepSeek and Qwen publish."""
-
 VIEW_BYTES = 800
 """Memory of one tensor's view, with its place in a file and the header entry it reads (measured with tracemalloc)."""
-
-_SCALE = re.compile(r"(?P<weight>.+)(_scale_inv|_scale)")
-"""Scales are multiplied by, whatever they are called: DeepSeek's `weight_scale_inv` is the quantiser's inverse."""
-_ACTIVATION_SCALE = re.compile(r"(^|\.)(input_scale|activation_scale|k_scale|v_scale|q_scale)$")
-"""What engines quantise activations and caches with; no part of the weights."""
 
 
 class TensorView(Protocol):
@@ -98,96 +84,6 @@ class Stored:
 
     def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
         self.folder.read_into(self.info.file, self.info.start + start * self.row_bytes, buffer)
-
-
-@dataclass(frozen=True)
-class Dequantised:
-    """An fp8 tensor times its scales, float32, its last axis as a row.
-
-    A scale belongs to the whole tensor, to a row, or to a block of rows and columns; of stacked experts, (E, d_out,
-    d_in), to such a part of one expert. The product is rounded once, to float32.
-    """
-
-    folder: Folder
-    info: TensorInfo
-    scale: TensorInfo | None
-    block: tuple[int, int]
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def row_bytes(self) -> int:
-        return self._matrix[1] * KNOWN_DTYPE_BYTES["F32"]
-
-    @property
-    def memory_bytes(self) -> int:
-        return VIEW_BYTES
-
-    def read_rows(self, start: int, stop: int, buffer: memoryview) -> None:
-        import torch
-
-        from fleet.checkpoint.tensors import read_rows
-
-        values = read_rows(self.folder, self.info, start, stop).float()
-        if self._scales is not None:
-            steps, scales = self._scales
-            rows, columns = self._matrix
-            parts, per_matrix = scales.shape[0], -(-rows // steps[0])
-            row = torch.arange(start, stop)
-            at = (row // rows % parts) * per_matrix + row % rows // steps[0]
-            chosen = scales.reshape(-1, scales.shape[-1])[at]
-            values *= chosen.repeat_interleave(steps[1], dim=1)[:, :columns]
-        torch.frombuffer(buffer, dtype=torch.float32).copy_(values.view(-1))
-
-    @property
-    def _matrix(self) -> tuple[int, int]:
-        """Rows and columns of one matrix."""
-        shape = (1, *self.shape) if len(self.shape) < 2 else self.shape
-        return shape[-2], shape[-1] if self.shape else 1
-
-    def steps(self) -> tuple[int, int] | None:
-        """How many rows and columns share a scale; None where the scales' shape doesn't fit the tensor's."""
-        assert self.scale is not None
-        (rows, columns), shape = self._matrix, self.scale.shape
-        if math.prod(shape) == 1:
-            return max(rows, 1), max(columns, 1)
-        if len(shape) == 1 and len(self.shape) == 2:
-            shape = (*shape, 1)
-        if len(shape) != len(self.shape) or shape[:-2] != self.shape[:-2]:
-            return None
-        fits = [
-            _step(count, size, block)
-            for count, size, block in zip(shape[-2:], (rows, columns), self.block, strict=True)
-        ]
-        return None if 0 in fits else (fits[0], fits[1])
-
-    @cached_property
-    def _scales(self) -> tuple[tuple[int, int], torch.Tensor] | None:
-        """Rows and columns that share a scale; the scales, (matrices or 1, rows, columns) float32."""
-        from fleet.checkpoint.tensors import read_tensor
-
-        if self.scale is None:
-            return None
-        steps = self.steps()
-        assert steps is not None
-        rows, columns = self._matrix
-        values = read_tensor(self.folder, self.scale).float()
-        return steps, values.reshape(-1, -(-rows // steps[0]), -(-columns // steps[1]))
-
-
-def _step(count: int, size: int, block: int) -> int:
-    """How many of `size` share one of `count` scales; 0 where that is no way to share them."""
-    if count == 1:
-        return size
-    if count == size:
-        return 1
-    return block if count == -(-size // block) else 0
 
 
 def is_local(folder: Folder) -> bool:
@@ -310,49 +206,3 @@ def _read(placed: _Placed, start: int, stop: int, buffer: memoryview) -> None:
     whole = memoryview(bytearray((last - first) * size))
     tensor.read_rows(first, last, whole)
     buffer[:] = whole[start - first * size : stop - first * size]
-
-
-def fp8_method(quantisation: Json) -> bool:
-    """Whether a `quantization_config` says that weights are fp8 times scales: `fp8`, and compressed-tensors' own."""
-    if not isinstance(quantisation, dict):
-        return False
-    method, layout = quantisation.get("quant_method"), quantisation.get("format")
-    return method == "fp8" or (method == "compressed-tensors" and layout == "float-quantized")
-
-
-def dequantised(folder: Folder, config: Mapping[str, Json], tensors: Mapping[str, TensorInfo]) -> ViewFolder:
-    """An fp8 checkpoint with its weights in float32, without scales and `quantization_config`.
-
-    Raises:
-        CheckpointError: scales that are missing, belong to nothing, or don't fit their weights.
-    """
-    quantisation = config.get("quantization_config")
-    block = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
-    shared = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else BLOCK  # type: ignore[arg-type]
-    weights = {name for name, info in tensors.items() if info.dtype in FP8_DTYPES}
-    scales = {
-        m["weight"]: info for name, info in tensors.items() if (m := _SCALE.fullmatch(name)) and m["weight"] in weights
-    }
-    if quantisation and (bare := sorted(weights - scales.keys())):
-        raise CheckpointError(
-            f"{folder.uri}: fp8 tensors without scales, though config.json speaks of some: {bare[:8]}"
-        )
-    left_out = {info.name for info in scales.values()}
-    left_out |= {name for name in tensors if quantisation and _ACTIVATION_SCALE.search(name)}
-    files: dict[str, dict[str, TensorView]] = {info.file: {} for info in tensors.values()}
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-        if name in left_out:
-            continue
-        view: TensorView = Stored(folder, info)
-        if name in weights:
-            view = Dequantised(folder, info, scales.get(name), shared)
-            if view.scale is not None and view.steps() is None:
-                raise CheckpointError(
-                    f"{folder.uri}: tensor {name} is {info.shape}, but {view.scale.name} is {view.scale.shape}: no "
-                    f"scale of a tensor, of its rows or of blocks of {shared}; give the unquantised checkpoint"
-                )
-        files[info.file][name] = view
-    kept = {name: folder for name in folder.files() if name not in (*files, INDEX_FILE, "config.json")}
-    plain = {field: value for field, value in config.items() if field != "quantization_config"}
-    small = {"config.json": (json.dumps(plain, indent=2) + "\n").encode()}
-    return ViewFolder(folder.uri, lambda: ["dequantised", {**folder.digests()}], files, kept, small, (folder,))

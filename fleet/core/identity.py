@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from pydantic import JsonValue as Json
 
@@ -36,11 +37,11 @@ def _check_plain(value: object, where: str) -> None:
             raise TypeError(f"{where}: {value!r} has no canonical JSON")
         return
     if isinstance(value, list | tuple):
-        for index, item in enumerate(value):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        for index, item in enumerate(cast("Sequence[object]", value)):
             _check_plain(item, f"{where}[{index}]")
         return
     if isinstance(value, dict):
-        for key, item in value.items():  # pyright: ignore[reportUnknownVariableType]
+        for key, item in cast("Mapping[object, object]", value).items():
             if not isinstance(key, str):
                 raise TypeError(f"{where}: key {key!r} is not a string")
             _check_plain(item, f"{where}.{key}")

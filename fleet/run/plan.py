@@ -21,7 +21,8 @@ from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import content_identity, read_model, require_full_model
 from fleet.checkpoint.opened import open_model_folder
-from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in, renumbered
+from fleet.checkpoint.tokens import renumbered
+from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in
 from fleet.core.errors import CheckpointError, ManifestError, SuiteError
 from fleet.core.identity import KEY_DIGITS, digest
 from fleet.manifest import Manifest
