@@ -5,7 +5,7 @@ import io
 import hypothesis.strategies as st
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from evals.logs import EvalLog, Origin, Sample, read_origin, read_samples, write_samples
 from evals.rates import Rate
@@ -30,6 +30,7 @@ def sample(id_: str, **changes: object) -> Sample:
 texts = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=20)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.builds(
