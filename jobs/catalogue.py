@@ -26,7 +26,8 @@ logger = logging.getLogger("jobs.catalogue")
 SUITES_FILE = "fleet.json"
 """Beside a model's weights: {"suites": [...]}, for a model that the template doesn't list."""
 
-# Pickled weights count: planning refuses them with the command that converts them, where leaving them out says nothing.
+# Pickled weights count as a model: planning refuses them and names the command that converts them. Skipped here, the
+# model would be missing without a word.
 _WEIGHTS = re.compile(r".+\.safetensors|pytorch_model.*\.bin")
 
 _TRAINING_CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -34,7 +35,7 @@ _TRAINING_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class _Template(BaseModel):
-    """What has to be known of a template before its models are; a whole Manifest is made of it afterwards."""
+    """The part of a template that is read before its models are known; the whole becomes a `Manifest` afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -137,6 +138,6 @@ def _own_suites(folder: Folder, path: PurePosixPath, files: Iterable[str]) -> tu
 
 
 def _canonical(uri: str) -> str:
-    """One spelling per place, without a pin, so that sources can be compared with what a listing finds."""
+    """One spelling for each place, without the `@sha256:` pin, so that sources can be compared with a listing."""
     place = uri.partition("@sha256:")[0]
     return place if place.startswith("hf://") else open_store(place).uri

@@ -1,6 +1,7 @@
 """A manifest as a Ray job: sent once, followed to its end.
 
-The job's files are this code and the manifest, nothing else: models go by address, never by upload.
+The job's files are the packages `fleet` and `evals` with their data, and the manifest; models go by address, never by
+upload.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _POLL_SECONDS = 1.0
 def submit(manifest: Manifest, address: str) -> int:
     """Run a manifest as a job of the cluster whose dashboard is at `address`; returns the job's exit code.
 
-    It is planned here first, so that mistakes surface before anything is queued, and because the plan's run id, which
-    is the same for the same work, names the job: work that is under way or done is followed, not started again.
+    It is planned here first, so that mistakes surface before anything is queued. The job is named by the plan's run id,
+    which is the same for the same work: a job that is under way or done is followed, not started again.
 
     Raises:
         InputError: the manifest can't be planned, or the cluster isn't there or refuses us.
