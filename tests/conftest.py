@@ -33,6 +33,7 @@ MARK_BY_FIXTURE = {
     "replica": "vllm",  # tests/evals/test_replicas.py
     "bench": "slow",  # tests/masks/test_mask_training.py
     "sharded": "slow",  # tests/masks/test_masked_model.py
+    "nights": "slow",  # tests/report/test_published.py: MLflow's registry, several times a test
 }
 
 

@@ -681,6 +681,7 @@ def test_streamed_tensor_without_entries_has_none(method: AnyFusionMethod, shape
 # -- a worker that dies ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_streamed_unit_killed_in_a_shard_leaves_nothing_and_writes_the_same_when_done_again(
     models: Path, tmp_path: Path
 ) -> None:

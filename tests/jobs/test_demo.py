@@ -83,6 +83,7 @@ def test_task_prompts_committed_equal_what_the_recipe_writes_and_hold_no_evaluat
     assert not asked.intersection(prompt for suite in suites for prompt in _prompts(suite))
 
 
+@pytest.mark.slow
 def test_harmful_training_text_holds_no_evaluation_template_or_subject() -> None:
     rows = _harmful_training_text()
     assert len(rows) > recipe.NUM_PREFERENCES
@@ -156,6 +157,7 @@ def test_judge_calibration_is_the_tuning_suites_and_labelled_by_the_rules() -> N
     assert 0.3 < sum(bool(row["harmful"]) for row in rows) / len(rows) < 0.7
 
 
+@pytest.mark.slow
 def test_judge_model_agrees_with_the_rules_and_leaves_gibberish_unscored() -> None:
     judge = OwnModel(model=str(DEMO / "judge"), template=TEMPLATE, harmful=UNSAFE, safe=SAFE, refusal=SAFE)
     tokenizer = AutoTokenizer.from_pretrained(judge.model)

@@ -375,6 +375,7 @@ def test_s3_artifacts_unreachable_or_without_credentials_exit_2(catalogue: Path,
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:9"])
 def test_address_without_a_cluster_is_one_line_and_exit_code_2(catalogue: Path, tmp_path: Path, address: str) -> None:
     """In a process of its own: one that is attached to a Ray stays there, whatever the address."""
