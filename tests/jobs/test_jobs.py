@@ -142,6 +142,7 @@ def test_head_without_the_token_refuses_with_401(head: Head) -> None:
     assert "Unauthorized: Missing authentication token" in refused.stderr
 
 
+@pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_job_submitted_in_the_clone_leaves_records_weights_and_runs(
     head: Head, catalogue: Path, tmp_path: Path

@@ -73,7 +73,13 @@ def exact_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("run", "golden"), [(run_tensors, TENSORS), (run_scores, SCORES)], ids=["tensors", "scores"])
+@pytest.mark.parametrize(
+    ("run", "golden"),
+    [
+        pytest.param(run_tensors, TENSORS, id="tensors"),
+        pytest.param(run_scores, SCORES, id="scores", marks=[pytest.mark.vllm, pytest.mark.slow]),
+    ],
+)
 def test_run_over_the_exact_catalogue_leaves_the_keys_files_and_numbers_it_left(
     exact_catalogue: Path, tmp_path: Path, run: Callable[[Path, Path], dict[str, Any]], golden: Path
 ) -> None:

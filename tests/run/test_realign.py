@@ -376,14 +376,21 @@ def test_s3_artifacts_unreachable_or_without_credentials_exit_2(catalogue: Path,
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:9"])
-def test_address_without_a_cluster_is_one_line_and_exit_code_2(catalogue: Path, tmp_path: Path, address: str) -> None:
+def test_address_without_a_cluster_is_one_line_and_exit_code_2(catalogue: Path, tmp_path: Path) -> None:
     """In a process of its own: one that is attached to a Ray stays there, whatever the address."""
-    path = str(write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path)))
-    done = run_module("--manifest", path, "--address", address)
-    assert done.returncode == 2, done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert address in line and "ray start --head" in line
+    path = write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path))
+    addresses = ("nonsense", "127.0.0.1:9")
+    code = (
+        "import sys; from fleet.realign import main\n"
+        f"codes = [main(['--manifest', {str(path)!r}, '--address', address]) for address in {addresses}]\n"
+        "sys.exit(codes != [2, 2])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2
+    for address, line in zip(addresses, lines, strict=True):
+        assert address in line and "ray start --head" in line
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "artifacts").rglob("record.json"))
 
