@@ -1,4 +1,6 @@
 """safetensors checkpoints and LoRA adapters.
 
-`headers` and `models` read headers as bytes and need no torch: planning uses them. `tensors` reads and writes values.
+`opened` gives the model at any address. What reads only headers and JSON (`headers`, `full_model`, `adapter`,
+`modules`, `vocabulary`, `curvature`) needs no torch, and is what planning uses. `tensors`, `task_vectors`,
+`curvature_tensors` and `write` read and write values.
 """

@@ -111,6 +111,12 @@ class Adapter:
 
 
 def read_adapter(folder: Folder) -> Adapter:
+    """An adapter's headers, checked against its config.
+
+    Raises:
+        CheckpointError: damaged files, unsupported dtypes, a config that means more than the tensors say
+            (`why_unreadable`), or tensors that are no LoRA's.
+    """
     config = read_json(folder, "adapter_config.json")
     if reason := why_unreadable(config):
         raise CheckpointError(f"{folder.uri}: {reason}")

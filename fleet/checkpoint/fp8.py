@@ -129,7 +129,7 @@ class Dequantised:
         return shape[-2], shape[-1] if self.shape else 1
 
     def steps(self) -> tuple[int, int] | None:
-        """How many rows and columns share a scale; None where the scales' shape doesn't fit the tensor's."""
+        """How many rows, and how many columns, share one scale; None where the scales' shape fits no way of sharing."""
         assert self.scale is not None
         (rows, columns), shape = self._matrix, self.scale.shape
         if math.prod(shape) == 1:
@@ -159,7 +159,7 @@ class Dequantised:
 
 
 def _step(count: int, size: int, block: int) -> int:
-    """How many of `size` share one of `count` scales; 0 where that is no way to share them."""
+    """How many of `size` rows or columns share one of `count` scales: all, one, or a block; 0 if none of it fits."""
     if count == 1:
         return size
     if count == size:

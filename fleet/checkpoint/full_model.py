@@ -46,6 +46,11 @@ class FullModel:
 
 
 def read_full_model(folder: Folder) -> FullModel:
+    """A full model's headers; of fp8 files, those of their view in float32.
+
+    Raises:
+        CheckpointError: damaged files, another quantisation than fp8, or unsupported dtypes.
+    """
     config = read_json(folder, "config.json")
     quantisation = config.get("quantization_config")
     if quantisation and not fp8_method(quantisation):

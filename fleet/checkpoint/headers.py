@@ -26,7 +26,7 @@ KNOWN_DTYPE_BYTES = {
 _QUANTISED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I32"})
 
 INDEX_FILE = "model.safetensors.index.json"
-"""Which of a model's several files holds which tensor, as transformers writes and reads it."""
+"""The file beside several files of weights that says which holds which tensor."""
 
 TENSOR_BYTES = 450
 """Memory of one `TensorInfo` under its name in a dict (measured with tracemalloc: 426 bytes for long names)."""
@@ -70,7 +70,7 @@ class TensorLayout(NamedTuple):
 
 
 def header_bytes(layout: Iterable[TensorLayout]) -> bytes:
-    """How a file with these tensors, one after the other, begins."""
+    """The header of a file that holds these tensors one after the other; their data follows it."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in layout:
@@ -114,7 +114,7 @@ def read_header(folder: Folder, file: str, size: int) -> dict[str, TensorInfo]:
 
 
 def read_file_header(folder: Folder, file: str) -> dict[str, TensorInfo]:
-    """The same, of a file whose size the folder knows.
+    """`read_header` of a file by its name alone.
 
     Raises:
         CheckpointError: as `read_header`, and if there is no such file.
@@ -225,6 +225,12 @@ def shard_name(index: int, count: int) -> str:
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Json]:
+    """A small file that holds a JSON object.
+
+    Raises:
+        SourceError: it is missing.
+        CheckpointError: it holds something else.
+    """
     try:
         value: Json = json.loads(folder.read(name))
     except ValueError as e:
@@ -240,6 +246,10 @@ def json_bytes(value: Mapping[str, object]) -> bytes:
 
 
 def check_dtypes(where: str, tensors: dict[str, TensorInfo]) -> None:
+    """
+    Raises:
+        CheckpointError: a tensor is in a dtype that we don't compute with (`DTYPE_BYTES`); begins with `where`.
+    """
     wrong = [t for t in tensors.values() if t.dtype not in DTYPE_BYTES]
     if wrong:
         quantised = any(t.dtype in _QUANTISED_DTYPES for t in wrong)

@@ -36,7 +36,7 @@ VIEW_BYTES = 800
 
 
 class TensorView(Protocol):
-    """A tensor that a view's file holds."""
+    """A tensor of a view's file: rows that are computed, or copied from another file, when they are asked for."""
 
     @property
     def dtype(self) -> str: ...
@@ -46,7 +46,7 @@ class TensorView(Protocol):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of what can be read at the least."""
+        """Bytes of one row: the least that can be read."""
         ...
 
     @property
@@ -87,13 +87,15 @@ class Stored:
 
 
 def is_local(folder: Folder) -> bool:
-    """Whether what is read comes from this machine's own disk, or the cache of its pages."""
+    """Whether all is read from files of this machine, likely from its page cache: no need to read ahead."""
     return (
         all(is_local(f) for f in folder.sources) if isinstance(folder, ViewFolder) else isinstance(folder, LocalFolder)
     )
 
 
 class _Placed(NamedTuple):
+    """Bytes [start, stop) of a file: its header, or one tensor's data."""
+
     start: int
     stop: int
     tensor: TensorView | bytes
@@ -105,7 +107,7 @@ class ViewFolder:
 
     Args:
         uri: what messages call it; where it is no view that `open_folder` opens, the address of what it is made from.
-        identity: gives all that its contents follow from; asked only where digests are, which may read every byte.
+        identity: gives the JSON that decides the contents, for `digests`; it may have to read every byte.
         tensors: file -> tensor name -> the tensor, in the file's order.
         passed: file -> the folder that has it as it is.
         small: file -> contents.
@@ -169,7 +171,7 @@ class ViewFolder:
 
     @cached_property
     def _small(self) -> dict[str, bytes]:
-        """The small files, with an index where there are several of tensors."""
+        """The small files, and the index where the weights are in several files."""
         if len(self.tensors) == 1:
             return dict(self.small)
         where = {name: file for file, tensors in self.tensors.items() for name in tensors}
@@ -193,7 +195,7 @@ def _layout(tensors: Mapping[str, TensorView]) -> Iterator[_Placed]:
 
 
 def _read(placed: _Placed, start: int, stop: int, buffer: memoryview) -> None:
-    """Bytes [start, stop) of the file, which are within one tensor or the header."""
+    """Fill `buffer` with bytes [start, stop) of the file, all within `placed`; whole rows are read straight into it."""
     start, stop, tensor = start - placed.start, stop - placed.start, placed.tensor
     if isinstance(tensor, bytes):
         buffer[:] = tensor[start:stop]

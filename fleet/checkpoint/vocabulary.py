@@ -67,7 +67,7 @@ def chosen_vocabulary(choice: str, aligned: str, models: Sequence[str], named: s
         named: for `model`, whose.
 
     Raises:
-        CheckpointError: a model's tokens can't be told, or tokenizers of different kinds.
+        CheckpointError: nothing tells a model's tokens, or tokenizers are of different kinds.
     """
     if choice == "aligned":
         return Vocabulary(aligned=aligned, base=aligned)
@@ -80,13 +80,17 @@ def chosen_vocabulary(choice: str, aligned: str, models: Sequence[str], named: s
 
 
 def is_in(vocabulary: Vocabulary, model: str) -> bool:
-    """Whether a full model has the vocabulary as it is."""
+    """Whether a full model, as it is, has exactly this vocabulary: then it needs no view."""
     tokens, target = tokens_of(model, vocabulary.aligned), _target(vocabulary)
     return tokens.num_rows == len(target.tokens) and tokens.ids == target.ids
 
 
 def open_in_vocabulary(address: str) -> ViewFolder:
-    """The folder at an address of `Vocabulary.address`."""
+    """The folder at an address that `Vocabulary.address` made.
+
+    Raises:
+        CheckpointError: a model can't be read, or the models don't go together.
+    """
     found: Any = json.loads(address.removeprefix(VOCABULARY_SCHEME))
     fields = found["vocabulary"]
     return _view(address, Vocabulary(**fields | {"models": tuple(fields["models"])}), found["model"])
@@ -118,7 +122,7 @@ def _identity(uri: str) -> str:
 
 
 def _config(config: Mapping[str, Json], target: _Target) -> bytes:
-    """A model's own, but what depends on the vocabulary is the vocabulary's."""
+    """A model's `config.json` with the size and the special tokens' ids of the vocabulary."""
     own = {field: value for field, value in config.items() if field not in _TOKEN_IDS}
     own |= {field: target.config[field] for field in _TOKEN_IDS if field in target.config}
     own["vocab_size"] = len(target.tokens)
@@ -130,14 +134,18 @@ def _config(config: Mapping[str, Json], target: _Target) -> bytes:
 
 @dataclass(frozen=True)
 class _Target:
+    """A vocabulary worked out: what its rows and its files are."""
+
     tokens: list[str | None]
-    """Of each row; None of one that pads the table."""
+    """Row -> its token; None for one that pads the table."""
     origins: list[tuple[Row, ...]]
-    """Of each row of the aligned model, what it is the mean of; nothing: zeros."""
+    """Row -> the rows, by model, whose mean the aligned model gets there; none: zeros."""
     folder: Folder
-    """Where files come from that aren't in `small`."""
+    """Where tokenizer files come from that aren't in `small`."""
     config: dict[str, Json]
+    """The `config.json` that has the special tokens' ids."""
     small: dict[str, bytes]
+    """Tokenizer files that differ from the folder's: those that list added tokens."""
 
     @property
     def ids(self) -> dict[str, int]:
@@ -169,7 +177,10 @@ def _target(vocabulary: Vocabulary) -> _Target:
 
 
 def _entry(models: Iterable[str], token: str) -> dict[str, Any]:
-    """What the first model that has a token says of it; one of a model's own pieces is found as it is written."""
+    """The `added_tokens` entry of the first model that has the token.
+
+    Where the token is no added one but a piece of the model's vocabulary, it is matched as it is written.
+    """
     for uri in models:
         listed = _added_entries(uri)
         if token in tokens_of(uri, uri).ids:
@@ -179,6 +190,7 @@ def _entry(models: Iterable[str], token: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _added_entries(uri: str) -> dict[str, dict[str, Any]]:
+    """Token -> what a model's `tokenizer.json` says of it, of all its added tokens."""
     folder = open_folder(uri)
     if TOKENIZER not in folder.files():
         return {}
@@ -187,7 +199,14 @@ def _added_entries(uri: str) -> dict[str, dict[str, Any]]:
 
 
 def _with_added(folder: Folder, new: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, int], dict[str, bytes]]:
-    """The ids that a tokenizer gives to new tokens, and its files with them."""
+    """Add tokens to a model's tokenizer.
+
+    Args:
+        new: token -> its `added_tokens` entry, without id and content.
+
+    Returns:
+        The ids that the tokenizer gives to them, and the contents of its files that list tokens, by name.
+    """
     if not new:
         return {}, {}
     from tokenizers import AddedToken
@@ -239,7 +258,7 @@ def _stored(uri: str, name: str) -> Stored:
 
 
 def _aligned_table(vocabulary: Vocabulary, target: _Target, name: str) -> TensorView:
-    """In the aligned model's dtype, so that what others take of it is exactly what it has."""
+    """The aligned model's table in the vocabulary, in its own dtype: whoever takes rows of it takes its very values."""
     own = _stored(vocabulary.aligned, name)
     uris = {uri for rows in target.origins for uri, _ in rows}
     absent = [uri for uri in uris if name not in full_model(uri).tensors]

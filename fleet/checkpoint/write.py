@@ -1,4 +1,4 @@
-"""How a step's weights are written: one shard of a full model, or a whole PEFT adapter."""
+"""How weights are written: a file of tensors, one shard of a full model, or a whole PEFT adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LORA_VALUE_BYTES = 4
 
 @dataclass(frozen=True)
 class Output:
-    """Where a unit writes: a prefix in a store."""
+    """Where files are written: a store's URI, and a prefix of keys in it."""
 
     store: str
     prefix: str

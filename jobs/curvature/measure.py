@@ -21,7 +21,8 @@ from fleet.checkpoint.belongs import check_belongs
 from fleet.checkpoint.curvature import CurvatureKind
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorLayout
-from fleet.checkpoint.model import Model, read_model, require_full_model, touched_tensors
+from fleet.checkpoint.model import Model, require_full_model, touched_tensors
+from fleet.checkpoint.opened import open_model
 from fleet.checkpoint.task_vectors import read_delta, read_weight, to_stored
 from fleet.checkpoint.tensors import write_tensors
 from fleet.core.errors import ManifestError
@@ -32,7 +33,7 @@ from fleet.masks.network import build_network
 from fleet.masks.objective import reply_log_probs
 from fleet.masks.texts import Row, open_texts
 from fleet.masks.training import load_tokenizer
-from fleet.store import open_folder, open_store
+from fleet.store import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,10 @@ def open_subjects(manifest: Manifest, names: Sequence[str] | None, examples: int
     specs = [spec for spec in manifest.models if names is None or spec.name in names]
     if bare := [spec.name for spec in specs if spec.prompts is None]:
         raise ManifestError(f"models: {', '.join(bare)}: nothing to measure on; set models.prompts, or name --models")
-    aligned = require_full_model(read_model(open_folder(manifest.base.aligned)), "base.aligned")
+    aligned = require_full_model(open_model(manifest.base.aligned), "base.aligned")
     subjects: list[Subject] = []
     for spec in specs:
-        model = read_model(open_folder(spec.source))
+        model = open_model(spec.source)
         check_belongs(model, aligned)
         texts, data = open_texts("prompts", str(spec.prompts), f"models: {spec.name}: prompts")
         subjects.append(Subject(spec.name, model, texts.rows(data)[:examples]))

@@ -32,7 +32,8 @@ class Doubled(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "init", [True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora", "lora_ga"]
+    "init",
+    [True, False, "gaussian", "Gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora", "lora_ga"],
 )
 def test_init_changes_the_base_where_peft_does(init: bool | str) -> None:
     torch.manual_seed(0)
