@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,34 +13,11 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import INDEX_FILE, TensorLayout, json_bytes
 from fleet.checkpoint.model import is_companion
 from fleet.checkpoint.modules import canonical_shape
+from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.tensors import TORCH_DTYPES, write_tensors
 from fleet.core.identity import Json
 from fleet.store import Store, open_store
 from fleet.store.entry import FileEntry
-
-ADAPTER_FILE = "adapter_model.safetensors"
-"""The file of a whole adapter."""
-
-LORA_VALUE_BYTES = 4
-"""Adapters we write are float32: a sum of products is then exact to rounding, and they are small."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where files are written: a store's URI, and a prefix of keys in it."""
-
-    store: str
-    prefix: str
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: which base tensors it holds, and whether this unit also writes the files beside the weights."""
-
-    file: str
-    tensors: tuple[str, ...]
-    weight_map: dict[str, str] | None
-    """Tensor -> file of the whole model, on the one shard that writes the small files; None on the others."""
 
 
 class WrittenAdapter(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fleet.checkpoint.write import Output
+from fleet.checkpoint.shards import Output
 from fleet.core.errors import StepFailedError
 from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from evals.suites import Suite
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards, shard_name
-from fleet.checkpoint.write import ADAPTER_FILE, Output, Shard
+from fleet.checkpoint.shards import ADAPTER_FILE, Output, Shard
 from fleet.core.identity import KEY_DIGITS
 from fleet.manifest import Manifest
 from fleet.masks.tasks import Texts

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from evals.engine import MAX_SERVED_RANK
-from fleet.checkpoint.write import LORA_VALUE_BYTES
+from fleet.checkpoint.shards import LORA_VALUE_BYTES
 from fleet.core.identity import Json
 from fleet.steps.context import PlanContext
 

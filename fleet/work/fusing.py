@@ -17,8 +17,9 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model, lora_rank
 from fleet.checkpoint.modules import canonical_shape
 from fleet.checkpoint.opened import open_curvature, open_full, open_model
+from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.task_vectors import read_factors
-from fleet.checkpoint.write import Output, Shard, of_rank, write_adapter, write_shard
+from fleet.checkpoint.write import of_rank, write_adapter, write_shard
 from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.base import Thresholds

@@ -17,7 +17,7 @@ from evals.labelled import read_labelled
 from evals.logs import read_origin, read_samples, write_samples
 from evals.suites import Suite
 from evals.verdicts import Exchange, Verdict
-from fleet.checkpoint.write import Output
+from fleet.checkpoint.shards import Output
 from fleet.core.identity import Json
 from fleet.work.scoring import get, put, read_suite, resident, start_replica
 from fleet.work.served import SuiteFiles

@@ -19,9 +19,10 @@ from fleet.checkpoint.headers import read_headers
 from fleet.checkpoint.model import written_like
 from fleet.checkpoint.modules import ModuleView, canonical_shape, is_transposed, module_views
 from fleet.checkpoint.opened import open_full, open_model
+from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_unscaled_factors, read_weight, to_stored
 from fleet.checkpoint.tensors import read_tensor
-from fleet.checkpoint.write import Output, Shard, of_rank, write_adapter, write_shard
+from fleet.checkpoint.write import of_rank, write_adapter, write_shard
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.masks.learned import open_mask

@@ -17,7 +17,7 @@ from evals.engine import EngineOptions, ServedModel
 from evals.logs import Origin, read_samples, write_samples
 from evals.suites import Suite, load_suite
 from fleet.checkpoint.opened import open_model_folder
-from fleet.checkpoint.write import Output
+from fleet.checkpoint.shards import Output
 from fleet.core.errors import StoreError
 from fleet.store import open_folder, open_store
 from fleet.store.entry import FileEntry

@@ -38,9 +38,10 @@ from fleet.checkpoint.headers import TensorInfo, read_headers
 from fleet.checkpoint.model import Model, touched_tensors
 from fleet.checkpoint.modules import ModuleView, is_transposed, module_views
 from fleet.checkpoint.opened import open_full, open_model
+from fleet.checkpoint.shards import Output
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_weight
 from fleet.checkpoint.tensors import read_rows, read_tensor
-from fleet.checkpoint.write import Output, write_file
+from fleet.checkpoint.write import write_file
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.methods import ModuleStatistics

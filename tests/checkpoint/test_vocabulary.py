@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.checkpoint.opened import open_model_folder
-from fleet.checkpoint.write import Output, Shard
+from fleet.checkpoint.shards import Output, Shard
 from fleet.core.errors import CheckpointError, ManifestError
 from fleet.fusion import AnyFusionMethod, Dare, TaskArithmetic, Ties, WeightAverage, streaming
 from fleet.fusion.member import Member

@@ -22,7 +22,7 @@ from fleet.algebra.sparsify import WHOLE
 from fleet.checkpoint.curvature import Curvature, read_curvature
 from fleet.checkpoint.curvature_tensors import CurvatureOf, read_fisher_rows, read_gram
 from fleet.checkpoint.modules import module_views
-from fleet.checkpoint.write import Output, Shard
+from fleet.checkpoint.shards import Output, Shard
 from fleet.core.errors import CheckpointError, ManifestError
 from fleet.fusion import AnyFusionMethod, Fisher, RegMean
 from fleet.fusion.member import Member

@@ -27,8 +27,8 @@ from fleet.algebra.sparsify import WHOLE, merge_bfloat16, thresholds_of
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorInfo, plan_shards, shard_name
 from fleet.checkpoint.model import read_model, require_full_model
+from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.tensors import TORCH_DTYPES
-from fleet.checkpoint.write import Output, Shard
 from fleet.fusion import (
     AnyFusionMethod,
     Breadcrumbs,

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fleet.masks.training
-from fleet.checkpoint.write import Output
+from fleet.checkpoint.shards import Output
 from fleet.core.errors import CheckpointError, StepFailedError
 from fleet.fusion import AnyFusionMethod, WeightAverage
 from fleet.fusion.member import Member

@@ -17,8 +17,8 @@ from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.checkpoint.model import read_model, require_full_model, touched_tensors
 from fleet.checkpoint.opened import open_full, open_model
+from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.task_vectors import read_factors
-from fleet.checkpoint.write import Output, Shard
 from fleet.core.errors import CheckpointError
 from fleet.fusion import AnyFusionMethod, TaskArithmetic, Ties, WeightAverage
 from fleet.fusion.member import Member
