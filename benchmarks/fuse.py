@@ -41,8 +41,8 @@ from fleet.algebra.sparsify import magnitude_threshold
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.checkpoint.model import read_model, require_full_model
+from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.tensors import TensorLayout, read_rows, write_tensors
-from fleet.checkpoint.write import Output, Shard
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.member import Member
 from fleet.fusion.streaming import COMPILED_RUNS, RUN_ENTRIES

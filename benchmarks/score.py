@@ -40,7 +40,7 @@ from evals.judges import RuleJudge
 from evals.logs import read_samples, sample_ids
 from evals.sequential import decide
 from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_prompts
-from fleet.checkpoint.write import Output
+from fleet.checkpoint.shards import Output
 from fleet.run.pools import MAX_NUM_SEQS
 from fleet.store import open_store
 from fleet.work.judging import JudgeUnit, JudgingWorker

@@ -44,8 +44,8 @@ from fleet.algebra.statistics import NUM_PROBES
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
 from fleet.checkpoint.model import read_model
+from fleet.checkpoint.shards import Output
 from fleet.checkpoint.tensors import read_tensor
-from fleet.checkpoint.write import Output
 from fleet.run.pools import WORKER_ENV
 from fleet.steps.view import UNIT_BYTES
 from fleet.store.local import LocalFolder

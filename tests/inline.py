@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fleet.run.pool import Outcome, Task
+from fleet.run.tasks import Outcome, Task
 from fleet.work.unit import PoolName, Unit, Worker
 
 

@@ -20,9 +20,8 @@ from datetime import UTC, datetime
 
 from fleet.core.errors import FleetError, InputError, StepFailedError
 from fleet.run.plan import Plan
-from fleet.run.pool import Outcome, Task
-from fleet.run.pools import Pools
 from fleet.run.progress import RunProgress
+from fleet.run.tasks import Outcome, Pools, Task
 from fleet.steps.base import NextUnit, Step, Walk
 from fleet.steps.record import (
     Record,

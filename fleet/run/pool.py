@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from evals.engine import UnservableError
 from fleet.core.errors import FleetError, InputError, StepFailedError, StoreError
+from fleet.run.tasks import Outcome, Task
 
 logger = logging.getLogger(__name__)
 
@@ -31,31 +32,6 @@ _HARMLESS = (UnservableError, InputError, StoreError)
 """What an actor raises without having been harmed: a candidate, a file or a store was found wanting."""
 
 Ref: TypeAlias = "ray.ObjectRef[Any]"
-
-
-@dataclass
-class Task:
-    """One call of one unit, and how often its worker has been lost."""
-
-    key: tuple[str, int]
-    """Step key and unit index; what `settle` answers with."""
-    unit: Any
-    """What the actor's `run` is given."""
-    group: str | None = None
-    """What an actor has to have at hand for it, if anything. Only tasks of one group are with an actor at once, and the
-    next is taken from the same group while there is one."""
-    attempts: int = 0
-    not_before: float = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished task: its value, or the error that ended it."""
-
-    task: Task
-    value: Any = None
-    error: BaseException | None = None
-    seconds: float = 0.0
 
 
 @dataclass

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.util.queue import Queue
@@ -17,7 +17,8 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import require_full_model
 from fleet.manifest import Placement
 from fleet.run.plan import Plan
-from fleet.run.pool import Outcome, Pool, Task
+from fleet.run.pool import Pool
+from fleet.run.tasks import Outcome, Task
 from fleet.work.judging import JudgingWorker
 from fleet.work.scoring import ScoringWorker
 from fleet.work.tensor_worker import TensorWorker
@@ -42,35 +43,6 @@ _SCRATCH = str(Path(tempfile.gettempdir(), "fleet-scratch"))
 """Where a node keeps what it fetched."""
 
 _WAIT_SECONDS = 0.5
-
-
-class Pools(Protocol):
-    """The workers of a run, as the coordinator knows them. `RayPools` has actors; a test may do units on the spot."""
-
-    def start(self, name: PoolName) -> None:
-        """Begin to start a pool's workers, which take long to come up."""
-        ...
-
-    def submit(self, task: Task) -> None:
-        """Queue a unit for a worker of its pool."""
-        ...
-
-    def wait(self) -> list[Outcome]:
-        """What has ended, after a short wait if nothing has."""
-        ...
-
-    def heard(self) -> list[tuple[str, dict[str, float]]]:
-        """What units under way have told since it was last asked: step key, and what was measured."""
-        ...
-
-    @property
-    def num_running(self) -> int:
-        """Units that workers have."""
-        ...
-
-    def close(self) -> None:
-        """Stop every worker."""
-        ...
 
 
 class RayPools:

@@ -17,7 +17,8 @@ import ray
 
 from evals.engine import UnservableError
 from fleet.core.errors import EvalError, FleetError, InputError, StoreError
-from fleet.run.pool import Outcome, Pool, Task
+from fleet.run.pool import Pool
+from fleet.run.tasks import Outcome, Task
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -26,8 +26,9 @@ from fleet.manifest import load_manifest
 from fleet.report.gather import make_report
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
-from fleet.run.pool import Outcome, Pool
+from fleet.run.pool import Pool
 from fleet.run.pools import WORKER_ENV
+from fleet.run.tasks import Outcome
 from fleet.steps.record import attempt_prefix
 from fleet.work.judging import CalibrateUnit, JudgeUnit, JudgingWorker
 from fleet.work.scoring import CohereUnit, CompleteUnit, ScoringWorker
