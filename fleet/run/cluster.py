@@ -16,6 +16,9 @@ from fleet.manifest import Placement
 
 logger = logging.getLogger(__name__)
 
+_ray: Any = ray
+"""Ray types these calls in part."""
+
 _CONNECT_SECONDS = 10.0
 
 
@@ -37,13 +40,13 @@ def start_ray(address: str | None, placement: Placement) -> None:
         replicas = placement.replicas + placement.judges
         cpus = placement.workers * placement.worker_cpus + replicas * placement.replica_cpus
         cpus += placement.trainings * placement.training_workers * placement.training_cpus
-        ray.init("local", num_cpus=math.ceil(cpus), include_dashboard=False, **quiet)
-        if placement.replica_gpus > (gpus := ray.cluster_resources().get("GPU", 0)):
+        _ray.init("local", num_cpus=math.ceil(cpus), include_dashboard=False, **quiet)
+        if placement.replica_gpus > (gpus := _ray.cluster_resources().get("GPU", 0)):
             raise InputError(f"placement.replica_gpus is {placement.replica_gpus}, but this machine has {gpus:g} GPUs")
         return
     _require_listening(address)
     try:
-        ray.init(address=address, **quiet)
+        _ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, RayError) as e:
         reason = str(e).strip().split("\n")[0]
         raise InputError(f"no Ray cluster at {address}: {reason}; start one with `ray start --head`") from e
@@ -72,7 +75,7 @@ def _warn_if_too_small(placement: Placement) -> None:
         "replica": {"CPU": placement.replica_cpus, "GPU": float(placement.replica_gpus)},
         "training worker": {"CPU": placement.training_cpus, "GPU": float(placement.training_gpus)},
     }
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in _ray.nodes() if node["Alive"]]
     for what, needs in wanted.items():
         if not any(all(node.get(name, 0.0) >= amount for name, amount in needs.items()) for node in nodes):
             asked = ", ".join(f"{name} {amount:g}" for name, amount in needs.items() if amount)

@@ -55,9 +55,9 @@ class RunResult:
 
     records: dict[str, Record]
     """Step key -> record, of every step that is done now."""
-    computed: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list[str])
     """Keys of the steps this run did."""
-    failures: dict[str, Failure] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict[str, Failure])
     seconds: float = 0.0
 
     def raise_failures(self) -> None:
@@ -84,7 +84,7 @@ class _Active:
     steps: tuple[Step, ...]
     attempt: str
     walk: Walk
-    pending: dict[int, NextUnit] = field(default_factory=dict)
+    pending: dict[int, NextUnit] = field(default_factory=dict[int, NextUnit])
     """The units that workers have, or that wait for one."""
     seconds: float = 0.0
     """Spent by workers on the units of this run, without waiting."""

@@ -286,5 +286,5 @@ def _load_suites(manifest: Manifest) -> dict[str, Suite]:
 
 def _done(store: Store, steps: Iterable[Step]) -> dict[str, Record]:
     with ThreadPoolExecutor(_READERS) as pool:
-        records = pool.map(lambda step: (step.key, read_record(store, step)), steps)
-        return {key: record for key, record in records if record is not None}
+        found = [(step, pool.submit(read_record, store, step)) for step in steps]
+        return {step.key: record for step, future in found if (record := future.result()) is not None}

@@ -31,18 +31,19 @@ _BACKOFF_SECONDS = 1.0
 _HARMLESS = (UnservableError, InputError, StoreError)
 """What an actor raises without having been harmed: a candidate, a file or a store was found wanting."""
 
+Actor: TypeAlias = "ActorHandle[Any]"
 Ref: TypeAlias = "ray.ObjectRef[Any]"
 
 
 @dataclass
 class _Starting:
-    actor: ActorHandle
+    actor: Actor
     started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
 class _Worker:
-    actor: ActorHandle
+    actor: Actor
     num_running: int = 0
     num_in_group: int = 0
     """How many of these are of a group."""
@@ -248,8 +249,9 @@ class Pool:
             self._workers.remove(worker)
             self._kill(worker.actor)
 
-    def _kill(self, actor: ActorHandle) -> None:
-        ray.kill(actor, no_restart=True)
+    def _kill(self, actor: Actor) -> None:
+        kill: Any = ray.kill  # whose actor Ray types in part
+        kill(actor, no_restart=True)
 
 
 def _summary(error: Exception) -> str:

@@ -17,7 +17,7 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import require_full_model
 from fleet.manifest import Placement
 from fleet.run.plan import Plan
-from fleet.run.pool import Pool
+from fleet.run.pool import Pool, Ref
 from fleet.run.tasks import Outcome, Task
 from fleet.work.judging import JudgingWorker
 from fleet.work.scoring import ScoringWorker
@@ -63,9 +63,10 @@ class RayPools:
     def wait(self) -> list[Outcome]:
         pools = [*self._pools.values()]
         refs = [ref for pool in pools for ref in pool.refs]
-        ready: Sequence[Any] = ()
+        ready: Sequence[Ref] = ()
         if refs:
-            ready, _ = ray.wait(refs, num_returns=1, timeout=_WAIT_SECONDS)
+            wait: Any = ray.wait  # which Ray types in part
+            ready, _ = wait(refs, num_returns=1, timeout=_WAIT_SECONDS)
         else:
             time.sleep(_WAIT_SECONDS if any(p.busy for p in pools) else 0.0)
         outcomes: list[Outcome] = []

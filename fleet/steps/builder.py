@@ -159,7 +159,8 @@ def _realign_key(manifest: Manifest, variant: Variant) -> str:
     assert variant.realign is not None
     parts: list[Json] = [literals(variant.realign)]
     if variant.realign.uses_fusion and variant.fuse is not None:
-        parts += [literals(variant.fuse), [m.name for m in manifest.members(variant)]]
+        members: list[Json] = [m.name for m in manifest.members(variant)]
+        parts += [literals(variant.fuse), members]
     return digest(parts)
 
 

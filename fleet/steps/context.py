@@ -34,7 +34,7 @@ class PlanContext:
     curvatures: Mapping[str, CurvatureSource]
     """Fishers and Gram matrices, by address."""
     judging: Judging
-    steps: dict[str, Step] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict[str, Step])
     """By key, each after what it reads."""
 
     def add(self, step: _Kind) -> _Kind:

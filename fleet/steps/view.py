@@ -34,7 +34,7 @@ class RunView:
     """Key in the store -> bytes of every file of preferences, task prompts or labelled rows."""
     records: Mapping[str, Record]
     """Step key -> record, of what is done by now."""
-    _placed: set[str] = field(default_factory=set)
+    _placed: set[str] = field(default_factory=set[str])
     """Keys of what this run has put in the store for its workers."""
 
     @property
