@@ -17,7 +17,7 @@ _ASYMMETRY = 1e-2
 
 
 class CurvatureOf(Mapping[str, torch.Tensor]):
-    """Model -> its Fisher of one tensor, float32 in canonical orientation, or its Gram matrix, float64.
+    """Model -> its Fisher of one tensor, float32 in canonical orientation, or its Gram matrix, in its file's dtype.
 
     Each is read when it is asked for. Empty where a model has none: then there is nothing to weight the others with.
     """
@@ -66,12 +66,15 @@ def read_fisher_rows(curvature: Curvature, tensor: str, start: int, stop: int) -
 
 
 def read_gram(curvature: Curvature, tensor: str) -> torch.Tensor:
-    """The Gram matrices of a tensor: (…, d_in, d_in) float64, exactly symmetric.
+    """The Gram matrices of a tensor: (…, d_in, d_in), exactly symmetric.
+
+    In the dtype of their file: its rounding says from which eigenvalue on they can be told from singular ones.
 
     Raises:
         CheckpointError: it isn't finite, isn't symmetric, or its diagonal is negative somewhere.
     """
-    value = read_tensor(curvature.folder, curvature.tensors[tensor]).double()
+    stored = read_tensor(curvature.folder, curvature.tensors[tensor])
+    value = stored.double()
     if value.numel():
         slack = _ASYMMETRY * value.abs().max()
         negative = value.diagonal(dim1=-2, dim2=-1).min() < 0.0
@@ -80,7 +83,7 @@ def read_gram(curvature: Curvature, tensor: str) -> torch.Tensor:
                 f"{curvature.folder.uri}: tensor {tensor} is no Gram matrix: it has to be finite and symmetric, and "
                 "not negative on its diagonal; make it again as XᵀX, summed in float32"
             )
-    return (value + value.mT) / 2.0
+    return ((value + value.mT) / 2.0).to(stored.dtype)
 
 
 def _check_fisher(curvature: Curvature, tensor: str, value: torch.Tensor) -> None:

@@ -11,8 +11,9 @@ over all models of the variant. Other tensors get the mean with the weights λ_t
 inputs are zero in all of X_t. A LoRA's ΔW_t G̃_t is B_t(A_tG̃_t), so LoRAs fuse into one of the sum of their ranks.
 Defaults: α = 0.9, the paper's, with which the inverse always exists; equal λ_t.
 
-In float64, scaled to a unit diagonal: then no eigenvalue is below 1 − α, whatever the inputs' sizes. A model with more
-tokens in its Gram matrix counts more, as in the paper; divide by the number of tokens where that isn't wanted.
+In float64, scaled to a unit diagonal: then no eigenvalue is below 1 − α, whatever the inputs' sizes. Matrices of which
+the smallest eigenvalue may be what rounding left of zero are refused (`least_eigenvalue`). A model with more tokens in
+its Gram matrix counts more, as in the paper; divide by the number of tokens where that isn't wanted.
 
 A realigned model has its fine-tuned model's Gram matrices: the repair is small, and the inputs are the same texts.
 """
@@ -35,8 +36,11 @@ if TYPE_CHECKING:
     from fleet.algebra.sparsify import Piece
     from fleet.checkpoint.curvature import CurvatureKind
 
-_SINGULAR = 1e-4
-"""A pivot of unit-diagonal matrices up to which an input follows from others: its square is float32's rounding."""
+_SUM_ROUNDING = 2.0**-24
+"""The unit roundoff of float32, in which Gram matrices are summed unless they are stored in float64."""
+
+_OWN_ROUNDING = 8 * 2.0**-53
+"""What float64's own arithmetic may add to an eigenvalue, as a share of the norm: 2.2 roundoffs at most, measured."""
 
 
 class RegMean(FusionMethod):
@@ -107,9 +111,11 @@ class RegMean(FusionMethod):
         if not rows:
             return linear_combination(deltas, weights)
         pulled: dict[str, torch.Tensor] = {}
-        total = torch.zeros((), dtype=torch.float64)
+        total, roundoff = torch.zeros((), dtype=torch.float64), 0.0
         for name, weight in used.items():
-            whole = curvature[name].double()
+            stored = curvature[name]
+            roundoff = max(roundoff, torch.finfo(stored.dtype).eps / 2.0)
+            whole = stored.double()
             gram = whole * (self.off_diagonal * weight)
             diagonal(gram).copy_(diagonal(whole) * weight)
             if name in rows:
@@ -117,9 +123,10 @@ class RegMean(FusionMethod):
             total = total + gram
         means = [value * used[name] for name, value in rows.items()]
         if is_lora:
-            a = _solved(total, torch.cat([*pulled.values()]), torch.cat(means), place).float()
+            a = _solved(total, torch.cat([*pulled.values()]), torch.cat(means), place, roundoff).float()
             return LowRank(torch.cat([loras[name].b for name in rows], dim=1), a)
-        return Dense(_solved(total, torch.stack([*pulled.values()]).sum(0), torch.stack(means).sum(0), place).float())
+        whole_pull, mean = (torch.stack(values).sum(0) for values in ([*pulled.values()], means))
+        return Dense(_solved(total, whole_pull, mean, place, roundoff).float())
 
 
 def diagonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -127,25 +134,59 @@ def diagonal(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1)
 
 
-def _solved(gram: torch.Tensor, pulled: torch.Tensor, mean: torch.Tensor, place: Place) -> torch.Tensor:
+def least_eigenvalue(unit: torch.Tensor, roundoff: float) -> torch.Tensor:
+    """The eigenvalue that Gram matrices must exceed to have an inverse that is no rounding: (…,) float64.
+
+    An eigenvalue moves by at most ‖E‖₂ when a matrix moves by E (Weyl), and the matrices are known up to two such E:
+
+    - each entry was rounded by itself when it was stored, by up to u of its size. Such errors are independent, and the
+      norm of a matrix of them is about twice √n times their root mean square: at most 2u‖G‖/√n. Bounding it by u‖G‖,
+      which takes no chance, would refuse every large matrix in bfloat16, well-conditioned or not;
+    - before that it was summed, in float32 or better, over the tokens: a singular matrix is one of fewer tokens than
+      inputs. Their errors are alike over whole rows, so they get the bound that takes no chance, u‖G‖. (Measured, with
+      up to 1024 inputs: a fifth of it.)
+
+    ‖G‖ is Frobenius' norm, √n for inputs that have nothing in common and n for inputs that are all one.
+
+    Args:
+        unit: Gram matrices with a unit diagonal, (…, n, n) float64.
+        roundoff: u, of the dtype they were stored in.
+    """
+    import torch
+
+    norm = torch.linalg.matrix_norm(unit)
+    stored = 2.0 * roundoff / unit.shape[-1] ** 0.5
+    return norm * (stored + min(roundoff, _SUM_ROUNDING) + _OWN_ROUNDING)
+
+
+def _solved(
+    gram: torch.Tensor, pulled: torch.Tensor, mean: torch.Tensor, place: Place, roundoff: float
+) -> torch.Tensor:
     """`pulled` gram^-1, (…, rows, d_in) float64; the columns of `mean` for inputs that were always zero.
 
     Args:
         gram: Σ_t λ_t G̃_t, (…, d_in, d_in) float64.
         pulled: Σ_t λ_t ΔW_t G̃_t, (…, rows, d_in) float64.
         mean: Σ_t λ_t ΔW_t, of the same shape.
+        roundoff: of the coarsest dtype that a Gram matrix was stored in.
+
+    Raises:
+        CheckpointError: an eigenvalue of `gram`, scaled to a unit diagonal, is below `least_eigenvalue`.
     """
     import torch
 
     silent = diagonal(gram) == 0.0
     scale = torch.where(silent, 1.0, diagonal(gram)).rsqrt()
     unit = gram * scale[..., :, None] * scale[..., None, :]
-    diagonal(unit).masked_fill_(silent, 1.0)
-    factor, failed = torch.linalg.cholesky_ex(unit)
-    if bool(failed.any()) or bool((diagonal(factor) < _SINGULAR).any()):
+    diagonal(unit).fill_(1.0)
+    least = least_eigenvalue(unit, roundoff)
+    lowered = unit.clone()
+    diagonal(lowered).sub_(least[..., None])
+    if bool(torch.linalg.cholesky_ex(lowered).info.any()):
         raise CheckpointError(
             f"regmean: {place.tensor}: the sum of the models' Gram matrices has no inverse; set fuse.off_diagonal to "
             "0.9, or store Gram matrices of more tokens, in float32"
         )
+    factor = torch.linalg.cholesky(unit)
     found = torch.cholesky_solve((pulled * scale[..., None, :]).mT, factor).mT * scale[..., None, :]
     return torch.where(silent[..., None, :], mean, found)

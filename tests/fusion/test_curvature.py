@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from fleet.core.errors import CheckpointError, ManifestError
 from fleet.fusion import AnyFusionMethod, Fisher, RegMean
 from fleet.fusion.member import Member
 from fleet.fusion.place import Place
+from fleet.fusion.regmean import least_eigenvalue
 from fleet.fusion.streaming import StreamedFusion
 from fleet.manifest import load_manifest
 from fleet.run.plan import Plan, make_plan
@@ -404,6 +406,75 @@ def test_fused_adapter_with_curvature_is_nearest_to_the_fused_model(
 # -- values that are no curvature ------------------------------------------------------------------------------------
 
 
+def gram_with_least(n: int, least: float, overlap: float) -> torch.Tensor:
+    """A unit-diagonal matrix, (n, n) float64, of which each input has `overlap` in common with all others.
+
+    The last input is nearly the one before, so `least` is an eigenvalue; none of the others is below 1 − overlap.
+    """
+    gram = torch.full((n, n), overlap, dtype=torch.float64)
+    gram[-1, -2] = gram[-2, -1] = 1.0 - least
+    return gram.fill_diagonal_(1.0)
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-6, 1e6)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize("n", [2, 8, 64, 512])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_regmean_refuses_gram_matrices_from_the_rounding_of_their_dtype_on(
+    dtype: torch.dtype, n: int, overlap: float, sizes: tuple[float, float]
+) -> None:
+    """At half the least eigenvalue that the dtype's rounding leaves to be trusted, and at twice it."""
+    method = RegMean(method="regmean", off_diagonal=1.0)
+    roundoff = torch.finfo(dtype).eps / 2.0
+    least = float(least_eigenvalue(gram_with_least(n, 0.0, overlap), roundoff))
+    scale = torch.logspace(*(math.log10(size) for size in sizes), n, dtype=torch.float64)
+    deltas: dict[str, Delta] = {name: Dense(normal(i, 2, n)) for i, name in enumerate("ab")}
+
+    def fuse_at(eigenvalue: float) -> torch.Tensor:
+        unit = gram_with_least(n, eigenvalue, overlap)
+        # Exact in float64; the second model's dtype is what the roundoff is taken from, and adds nothing of its own.
+        known = {"a": unit * scale[:, None] * scale, "b": torch.zeros(n, n, dtype=dtype)}
+        return fused(method, deltas, known).dense()
+
+    with pytest.raises(CheckpointError, match="no inverse"):
+        fuse_at(0.5 * least)
+    assert bool(fuse_at(2.0 * least).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [
+        (8, torch.float32),
+        (64, torch.float32),
+        (300, torch.float32),
+        (64, torch.bfloat16),
+        (300, torch.bfloat16),
+        (300, torch.float64),
+    ],
+)
+def test_regmean_of_fewer_tokens_than_inputs_is_refused_as_files_hold_them(n: int, dtype: torch.dtype) -> None:
+    """Summed and stored in the dtype, of three quarters as many tokens, whatever the inputs have in common."""
+    method = RegMean(method="regmean", off_diagonal=1.0)
+    summed_in = torch.float32 if dtype == torch.bfloat16 else dtype
+    deltas: dict[str, Delta] = {name: Dense(normal(i, 2, n)) for i, name in enumerate("ab")}
+    for seed, mix in ((1, 0.0), (2, 1.0), (3, 3.0)):
+        drawn = normal(seed, 3 * n // 4, n).to(summed_in)
+        gram = gram_of(drawn + mix * drawn[:, :1]).to(dtype)
+        with pytest.raises(CheckpointError, match="no inverse"):
+            fused(method, deltas, {"a": gram, "b": gram})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [8, 300, 1024])
+def test_regmean_with_shrinking_is_never_refused_of_inputs_that_differ(n: int, dtype: torch.dtype) -> None:
+    """α = 0.9 leaves an eigenvalue of 0.1, of one token only and in the coarsest dtype."""
+    deltas: dict[str, Delta] = {name: Dense(normal(i, 2, n)) for i, name in enumerate("ab")}
+    known = {name: gram_of(normal(5 + i, 40, n)).to(dtype) for i, name in enumerate("ab")}
+    found = fused(REGMEAN, deltas, known).dense()
+    expected = regression({m: d.dense() for m, d in deltas.items()}, known, {"a": 1.0, "b": 1.0}, 0.9)
+    assert_near(found, expected, 1e-5)
+
+
 def curvature_in(folder: Path, tensors: Tensors) -> Curvature:
     folder.mkdir(exist_ok=True)
     save_file(dict(tensors), folder / "model.safetensors")
@@ -432,7 +503,7 @@ def test_gram_rounded_to_bfloat16_is_taken_symmetric(tmp_path: Path) -> None:
     stored = gram_of(normal(0, 9, 6)).bfloat16()
     stored[0, 1] = stored[0, 1] * 1.01
     found = read_gram(curvature_in(tmp_path / "g", {"q.weight": stored}), "q.weight")
-    assert torch.equal(found, found.T) and found.dtype == torch.float64
+    assert torch.equal(found, found.T) and found.dtype == torch.bfloat16
 
 
 def test_curvature_of_integers_is_refused(tmp_path: Path) -> None:
