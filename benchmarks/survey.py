@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checkpoints import LAYERS, LINEARS, RANK, generate
+from fleet.algebra.products import BLOCK_ENTRIES
 from fleet.algebra.spectral import OVERSAMPLING, POWER_ITERATIONS
 from fleet.algebra.statistics import NUM_PROBES
 from fleet.checkpoint.full_model import FullModel
@@ -49,10 +50,13 @@ from fleet.checkpoint.tensors import read_tensor
 from fleet.run.pools import WORKER_ENV
 from fleet.steps.view import UNIT_BYTES
 from fleet.store.local import LocalFolder
-from fleet.work.survey import BLOCK_BYTES, READERS, SurveyUnit
+from fleet.work.survey import READERS, SurveyUnit
 from fleet.work.tensor_worker import TensorWorker
 
 CORES = os.cpu_count() or 1
+BLOCK_BYTES = 2 * BLOCK_ENTRIES
+"""What the survey reads at a time of a model in bfloat16."""
+
 START_SECONDS = 0.5
 """Each worker sleeps so long first, so that one alone doesn't take what all are started with."""
 

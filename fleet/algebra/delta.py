@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 import torch
 
+from fleet.algebra.products import product
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -45,28 +47,28 @@ class LowRank:
 
     def onto_left(self, basis: torch.Tensor) -> LowRank:
         """U Uᵀ ΔW for a basis U (d_out, k) with orthonormal columns."""
-        return LowRank(basis @ (basis.T @ self.b), self.a)
+        return LowRank(product(basis, product(basis.T, self.b)), self.a)
 
     def outside_left(self, basis: torch.Tensor) -> LowRank:
         """(I − U Uᵀ) ΔW for a basis U (d_out, k) with orthonormal columns."""
-        return LowRank(self.b - basis @ (basis.T @ self.b), self.a)
+        return LowRank(self.b - product(basis, product(basis.T, self.b)), self.a)
 
     def weighted_right(self, basis: torch.Tensor, inside: float, outside: float) -> LowRank:
         """ΔW (inside · R Rᵀ + outside · (I − R Rᵀ)) for a basis R (d_in, k) with orthonormal columns."""
-        return LowRank(self.b, outside * self.a + (inside - outside) * (self.a @ basis) @ basis.T)
+        return LowRank(self.b, outside * self.a + product((inside - outside) * product(self.a, basis), basis.T))
 
     def energies(self, basis: torch.Tensor) -> torch.Tensor:
         """‖u_iᵀ ΔW‖² of every column u_i of a basis (d_out, k): (k,), float64."""
-        rows, a = (basis.T @ self.b).double(), self.a.double()
-        return ((rows @ (a @ a.T)) * rows).sum(dim=1)
+        rows, a = product(basis.T, self.b).double(), self.a.double()
+        return (product(rows, product(a, a.T)) * rows).sum(dim=1)
 
     def norm(self) -> float:
         """‖ΔW‖, Frobenius, from r × r Grams in float64."""
         b, a = self.b.double(), self.a.double()
-        return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) ** 0.5
+        return max(float((product(b.T, b) * product(a, a.T)).sum()), 0.0) ** 0.5
 
     def dense(self) -> torch.Tensor:
-        return self.b @ self.a
+        return product(self.b, self.a)
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,19 @@ class Dense:
 
     def onto_left(self, basis: torch.Tensor) -> Dense:
         """U Uᵀ ΔW for a basis U (d_out, k) with orthonormal columns."""
-        return Dense(basis @ (basis.T @ self.value))
+        return Dense(product(basis, product(basis.T, self.value)))
 
     def outside_left(self, basis: torch.Tensor) -> Dense:
         """(I − U Uᵀ) ΔW for a basis U (d_out, k) with orthonormal columns."""
-        return Dense(self.value - basis @ (basis.T @ self.value))
+        return Dense(self.value - product(basis, product(basis.T, self.value)))
 
     def weighted_right(self, basis: torch.Tensor, inside: float, outside: float) -> Dense:
         """ΔW (inside · R Rᵀ + outside · (I − R Rᵀ)) for a basis R (d_in, k) with orthonormal columns."""
-        return Dense(outside * self.value + (inside - outside) * (self.value @ basis) @ basis.T)
+        return Dense(outside * self.value + product((inside - outside) * product(self.value, basis), basis.T))
 
     def energies(self, basis: torch.Tensor) -> torch.Tensor:
         """‖u_iᵀ ΔW‖² of every column u_i of a basis (d_out, k): (k,), float64."""
-        return (basis.T @ self.value).double().square().sum(dim=1)
+        return product(basis.T, self.value).double().square().sum(dim=1)
 
     def norm(self) -> float:
         """‖ΔW‖, Frobenius, in float64."""

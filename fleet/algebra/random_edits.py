@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank
+from fleet.algebra.products import product
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -38,6 +39,6 @@ def turned(delta: Delta, generator: torch.Generator) -> Delta:
     """
     if isinstance(delta, LowRank):
         r = torch.linalg.qr(delta.b).R
-        return LowRank(random_frame(delta.b.shape[0], delta.rank, generator) @ r, delta.a)
+        return LowRank(product(random_frame(delta.b.shape[0], delta.rank, generator), r), delta.a)
     frame = random_frame(delta.shape[0], delta.shape[0], generator)
-    return Dense(frame @ delta.value)
+    return Dense(product(frame, delta.value))

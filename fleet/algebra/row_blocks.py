@@ -1,11 +1,17 @@
-"""A matrix given by blocks of its rows: in memory as one block, or streamed again from storage for each product."""
+"""A matrix given by blocks of its rows: in memory, or streamed again from storage for each product.
+
+Which blocks these are decides the last bits of products, so they are those of `fleet.algebra.products.row_ranges`,
+wherever the matrix is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from fleet.algebra.products import aligned, beside, product, row_ranges
 
 Blocks = Callable[[], Iterator[torch.Tensor]]
 
@@ -23,24 +29,33 @@ class RowBlocks:
 
     @staticmethod
     def of(matrix: torch.Tensor) -> RowBlocks:
-        """A matrix that is in memory already."""
-        return RowBlocks((matrix.shape[0], matrix.shape[1]), matrix.dtype, lambda: iter((matrix,)))
+        """A matrix that is in memory already; copied if it doesn't lie there row by row."""
+        whole, (rows, columns) = aligned(matrix), matrix.shape
+        return RowBlocks(
+            (rows, columns), matrix.dtype, lambda: (whole[start:stop] for start, stop in row_ranges(rows, columns))
+        )
 
-    def times(self, right: torch.Tensor) -> torch.Tensor:
-        """X @ right, (rows, k)."""
-        return torch.cat([block @ right for block in self.blocks()])
+    def times(self, right: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
+        """X @ right, (rows, k).
 
-    def transposed_times(self, right: torch.Tensor) -> torch.Tensor:
-        """Xᵀ @ right, (columns, k)."""
+        Args:
+            widths: of the columns of several models side by side, which then have the bits they have alone.
+        """
+        return torch.cat(
+            [product(x, right) if widths is None else beside("left", x, right, widths) for x in self.blocks()]
+        )
+
+    def transposed_times(self, right: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
+        """Xᵀ @ right, (columns, k); the blocks' parts added up in order. `widths` as for `times`."""
         total: torch.Tensor | None = None
         start = 0
         for block in self.blocks():
-            # (rightᵀ X)ᵀ: the tall factor stays in its own row order, twice as fast as Xᵀ @ right where k is small.
-            part = right[start : start + block.shape[0]].T
-            total = part @ block if total is None else total.addmm_(part, block)
+            rows = right[start : start + block.shape[0]]
+            part = product(rows.T, block).T if widths is None else beside("right", block, rows, widths)
+            total = part if total is None else total.add_(part)
             start += block.shape[0]
         assert total is not None
-        return total.T
+        return total
 
     def dense(self) -> torch.Tensor:
         """The whole matrix; the block itself if it is one."""

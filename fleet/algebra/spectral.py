@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fleet.algebra.delta import Delta, LowRank
+from fleet.algebra.products import product
 from fleet.algebra.row_blocks import RowBlocks
 
 EXACT_SIDE = 1024
@@ -57,15 +58,15 @@ def leading_triplets(matrix: RowBlocks, k: int, generator: torch.Generator) -> T
         basis = torch.linalg.qr(matrix.times(torch.linalg.qr(matrix.transposed_times(basis)).Q)).Q
     # The small side: basisᵀ X = (Xᵀ basis)ᵀ.
     right, values, left = torch.linalg.svd(matrix.transposed_times(basis), full_matrices=False)
-    return Triplets(basis @ left.T, values, right).head(k)
+    return Triplets(product(basis, left.T), values, right).head(k)
 
 
 def low_rank_triplets(delta: LowRank) -> Triplets:
     """All singular triplets of a LoRA's ΔW, in float64, from an r × r SVD."""
     q_b, r_b = torch.linalg.qr(delta.b.double())
     q_a, r_a = torch.linalg.qr(delta.a.double().T)
-    left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return Triplets(q_b @ left, values, q_a @ right.T)
+    left, values, right = torch.linalg.svd(product(r_b, r_a.T), full_matrices=False)
+    return Triplets(product(q_b, left), values, product(q_a, right.T))
 
 
 def truncated(delta: Delta, rank: int, generator: torch.Generator) -> tuple[LowRank, float]:

@@ -13,7 +13,7 @@ eigenvalues of its own G_A, which is exactly a random B in its place, and costs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank
+from fleet.algebra.products import dot, product
 from fleet.algebra.row_blocks import RowBlocks
 from fleet.algebra.spectral import Triplets
 
@@ -68,8 +69,7 @@ def delta_statistics(
 ) -> dict[str, DeltaStatistics]:
     """Statistics of many models' ΔW in one module; V goes through memory twice, however many models there are.
 
-    A product's last digits depend on how many columns it has, so a model's statistics depend in theirs on which others
-    are measured with it.
+    A model's statistics are the same to the last bit whichever others are measured with it, and whatever else is asked.
 
     Args:
         v: V, (d_out, d_in), float32 (or float64 for tests).
@@ -83,8 +83,8 @@ def delta_statistics(
     found: dict[str, DeltaStatistics] = {}
     if low_rank:
         b = torch.cat([d.b for d in low_rank], dim=1)
-        m, n = _products(v, b, rho)
         ranks = [d.rank for d in low_rank]
+        m, n = _products(v, b, rho, ranks)
         ns = [None] * len(names) if n is None else n.split(ranks, dim=1)
         for name, delta, m_i, n_i in zip(names, low_rank, m.split(ranks, dim=1), ns, strict=True):
             found[name] = _low_rank(v.shape, displacement, delta, m_i, n_i)
@@ -119,8 +119,9 @@ def probe_triples(v: RowBlocks, norm: float, generator: torch.Generator) -> torc
     mean = triples.mean(dim=0)
     known = torch.tensor([v.shape[0], norm**2], dtype=torch.float64)
     offset, spread = known / mean[:2] - 1.0, triples / mean - 1.0
-    slopes = torch.linalg.lstsq(spread[:, :2], spread[:, 2:]).solution[:, 0]
-    return triples * (1.0 + torch.cat((offset, (offset @ slopes).reshape(1))))
+    # Not the default driver, "gelsy": torch leaves its pivots uninitialised, and bits follow what was in memory.
+    slopes = torch.linalg.lstsq(spread[:, :2], spread[:, 2:], driver="gelsd").solution[:, 0]
+    return triples * (1.0 + torch.cat((offset, (offset * slopes).sum().reshape(1))))
 
 
 def rho_null(probes: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
@@ -135,15 +136,17 @@ def rho_null(probes: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]
     """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(probes.shape[0], (NUM_DRAWS, weights.shape[0]), generator=generator)
-    dd, mm, nn = torch.einsum("drx,r->xd", probes[chosen], weights.double())
+    dd, mm, nn = (probes[chosen] * weights.double()[:, None]).sum(dim=1).T
     rho = mm / (nn * dd).sqrt()
     return float(rho.mean()), float(rho.std())
 
 
-def _products(v: RowBlocks, b: torch.Tensor, both: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """M = VᵀB and, if asked for, N = VM."""
-    m = v.transposed_times(b)
-    return m, v.times(m) if both else None
+def _products(
+    v: RowBlocks, b: torch.Tensor, both: bool, widths: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """M = VᵀB and, if asked for, N = VM; of several models' B side by side, `widths` are their ranks."""
+    m = v.transposed_times(b, widths)
+    return m, v.times(m, widths) if both else None
 
 
 class _Inner(NamedTuple):
@@ -160,7 +163,7 @@ def _low_rank(
 ) -> DeltaStatistics:
     # Factors as rows, (r, ·): `RowBlocks` makes M so, and along contiguous rows everything below is fastest.
     a, b, m_rows = delta.a.double(), delta.b.double(), m.T.double()
-    gram_a = a @ a.T
+    gram_a = product(a, a.T)
 
     def inner(gram_x: torch.Tensor) -> float:
         return float((gram_x * gram_a).sum())
@@ -168,13 +171,12 @@ def _low_rank(
     nn = None
     if n is not None:
         n64 = n.double()
-        nn = inner(n64.T @ n64)
-    vd = float(torch.dot(m_rows.reshape(-1), a.reshape(-1)))
-    found = _Inner(inner(b.T @ b), inner(m_rows @ m_rows.T), nn, vd)
+        nn = inner(product(n64.T, n64))
+    found = _Inner(inner(product(b.T, b)), inner(product(m_rows, m_rows.T)), nn, float(dot(m_rows, a)))
 
     def energies(left: torch.Tensor) -> torch.Tensor:
-        rows = (left.T @ delta.b).double()
-        return ((rows @ gram_a) * rows).sum(dim=1)
+        rows = product(left.T, delta.b).double()
+        return (product(rows, gram_a) * rows).sum(dim=1)
 
     def weights() -> torch.Tensor:
         return torch.linalg.eigvalsh(gram_a).clamp_min(0.0)
@@ -205,7 +207,7 @@ def _equal_weights(value: torch.Tensor) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     omega = torch.randn(value.shape[1], 16, generator=generator).to(value.dtype)
-    fourth = (value.T @ (value @ omega)).double().square().sum(dim=0).mean()
+    fourth = product(product(value, omega).T, value).double().square().sum(dim=1).mean()
     squared = value.double().square().sum()
     ratio = float(squared**2 / fourth) if fourth > 0 else 1.0
     return torch.ones(min(max(round(ratio), 1), NUM_PROBES))

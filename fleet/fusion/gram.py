@@ -56,9 +56,11 @@ class GramFusion(FusionMethod):
         """The Gram matrix of the models that have a task vector here: (T, T) float64."""
         import torch
 
+        from fleet.algebra.products import product
+
         chunks = zip(*(value.detach().split(_CHUNK) for value in entries.values.values()), strict=True)
         stacks = (torch.stack(chunk).double() for chunk in chunks)
-        return torch.stack([stack @ stack.T for stack in stacks]).sum(dim=0)
+        return torch.stack([product(stack, stack.T) for stack in stacks]).sum(dim=0)
 
     def combine(
         self, entries: Entries, weights: Mapping[str, float], thresholds: Thresholds, sums: torch.Tensor | None
@@ -104,9 +106,12 @@ def _gram_of_factors(factors_M: Sequence[LowRank]) -> torch.Tensor:
     """⟨B_sA_s, B_tA_t⟩: (T, T) float64."""
     import torch
 
+    from fleet.algebra.products import product
+
     b_M = [factors.b.detach().double() for factors in factors_M]
     a_M = [factors.a.detach().double() for factors in factors_M]
     pairs = [
-        [((b.T @ d) * (a @ c.T)).sum() for d, c in zip(b_M, a_M, strict=True)] for b, a in zip(b_M, a_M, strict=True)
+        [(product(b.T, d) * product(a, c.T)).sum() for d, c in zip(b_M, a_M, strict=True)]
+        for b, a in zip(b_M, a_M, strict=True)
     ]
     return torch.stack([torch.stack(row) for row in pairs])

@@ -52,6 +52,8 @@ def spherical_mean(gram: torch.Tensor, shares: torch.Tensor, max_steps: int, tol
     """
     import torch
 
+    from fleet.algebra.products import dot, product
+
     norms = lengths(gram)
     used = (norms > 0.0) & (shares > 0.0)
     if not used.any():
@@ -60,22 +62,22 @@ def spherical_mean(gram: torch.Tensor, shares: torch.Tensor, max_steps: int, tol
     parts = shares[used] / shares[used].sum()
 
     def length(vector: torch.Tensor) -> torch.Tensor:
-        return (vector @ cosines @ vector).clamp(min=0.0).sqrt()
+        return dot(product(cosines, vector), vector).clamp(min=0.0).sqrt()
 
     if length(parts) <= _CANCELLED:
         return shares
     mean = parts / length(parts)
     for _ in range(max_steps):
-        dots = (cosines @ mean).clamp(-1.0, 1.0)
+        dots = product(cosines, mean).clamp(-1.0, 1.0)
         angles = torch.arccos(dots)
         sines = torch.sin(angles)
         pulls = parts * torch.where(sines > _FLAT, angles / sines, 1.0)
-        tangent = pulls - (pulls @ dots) * mean
+        tangent = pulls - dot(pulls, dots) * mean
         step = length(tangent)
         if step <= tolerance:
             break
         mean = torch.cos(step) * mean + torch.sin(step) / step * tangent
         mean = mean / length(mean)
     coefficients = torch.zeros_like(shares)
-    coefficients[used] = (shares @ norms) * mean / norms[used]
+    coefficients[used] = dot(shares, norms) * mean / norms[used]
     return coefficients

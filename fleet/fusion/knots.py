@@ -51,6 +51,7 @@ def _shared_basis(deltas_M: Sequence[Delta], tolerance: float) -> torch.Tensor:
     import torch
 
     from fleet.algebra.delta import LowRank
+    from fleet.algebra.products import product
 
     factors_M = [delta for delta in deltas_M if isinstance(delta, LowRank)]
     if not factors_M:
@@ -58,15 +59,18 @@ def _shared_basis(deltas_M: Sequence[Delta], tolerance: float) -> torch.Tensor:
         return left[:, : count_above(values, tolerance)]
     outer, inner = torch.linalg.qr(torch.cat([f.b.double() for f in factors_M], dim=1))
     inner_M = inner.split([f.rank for f in factors_M], dim=1)
-    small = torch.cat([r @ torch.linalg.qr(f.a.double().T).R.T for r, f in zip(inner_M, factors_M, strict=True)], dim=1)
+    small = torch.cat(
+        [product(r, torch.linalg.qr(f.a.double().T).R.T) for r, f in zip(inner_M, factors_M, strict=True)], dim=1
+    )
     left, values, _ = torch.linalg.svd(small, full_matrices=False)
-    return outer @ left[:, : count_above(values, tolerance)]
+    return product(outer, left[:, : count_above(values, tolerance)])
 
 
 def _within(basis: torch.Tensor, delta: Delta) -> torch.Tensor:
     """UᵀΔW: (R, d_in), float32."""
     from fleet.algebra.delta import LowRank
+    from fleet.algebra.products import product
 
     if isinstance(delta, LowRank):
-        return ((basis.T @ delta.b.double()) @ delta.a.double()).float()
-    return basis.T @ delta.value
+        return product(product(basis.T, delta.b.double()), delta.a.double()).float()
+    return product(basis.T, delta.value)

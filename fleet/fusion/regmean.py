@@ -101,6 +101,7 @@ class RegMean(FusionMethod):
         import torch
 
         from fleet.algebra.delta import Dense, LowRank
+        from fleet.algebra.products import product
 
         used = {name: weight for name, weight in weights.items() if weight}
         if not curvature or len(used) == 1:
@@ -119,7 +120,7 @@ class RegMean(FusionMethod):
             gram = whole * (self.off_diagonal * weight)
             diagonal(gram).copy_(diagonal(whole) * weight)
             if name in rows:
-                pulled[name] = rows[name] @ gram
+                pulled[name] = product(rows[name], gram)
             total = total + gram
         means = [value * used[name] for name, value in rows.items()]
         if is_lora:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from fleet.algebra.delta import Delta, LowRank
+from fleet.algebra.products import product
 from fleet.algebra.ranks import RankSearch, WindowCounts
 from fleet.algebra.sparsify import WHOLE, Drop, Trim, merge_bfloat16, thresholds_of
 from fleet.checkpoint.curvature import Curvature
@@ -37,6 +39,10 @@ from fleet.fusion.sparse import SparseFusion
 
 RUN_ENTRIES = 1 << 16
 """Entries of a run: with float32 copies of a few models, what a core's own cache holds."""
+
+FIXED_ENTRIES = 1 << 16
+"""Entries of the rows by which LoRAs are multiplied out and sums are made: what is written depends on it in its last
+bits, and on the tensor's shape, but not on how large a run is."""
 
 COMPILED_RUNS = 8
 """How many of them a compiled loop over bfloat16 files does at once. It makes no copies, so a call's cost decides."""
@@ -73,14 +79,21 @@ class _Stored:
         return read_rows(self.model.folder, self.model.tensors[self.tensor], start, stop, memory)
 
 
-@dataclass(frozen=True)
 class _Product:
-    """A LoRA's task vector."""
+    """A LoRA's task vector, multiplied out in fixed blocks of rows, wherever a run of them begins and ends."""
 
-    factors: LowRank
+    def __init__(self, factors: LowRank) -> None:
+        self._factors = factors
+        self._step = _rows_of(FIXED_ENTRIES, factors.shape[1])
+        self._block = lru_cache(maxsize=1)(self._multiplied)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return self.factors.b[start:stop] @ self.factors.a
+        firsts = range(start - start % self._step, stop, self._step)
+        parts = [self._block(first)[max(start - first, 0) : stop - first] for first in firsts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _multiplied(self, first: int) -> torch.Tensor:
+        return product(self._factors.b[first : first + self._step], self._factors.a)
 
 
 @dataclass(frozen=True)
@@ -256,11 +269,15 @@ class _Tensor:
         """The aligned model's weights as they are."""
         return (base for base, _ in self._read(self._base, {}))
 
-    def entries(self) -> Iterator[tuple[torch.Tensor, Entries]]:
-        """Every run: the aligned model's weights, (rows, columns) float32, and the task vectors."""
+    def entries(self, run_entries: int | None = None) -> Iterator[tuple[torch.Tensor, Entries]]:
+        """Every run: the aligned model's weights, (rows, columns) float32, and the task vectors.
+
+        Args:
+            run_entries: `RUN_ENTRIES` without it.
+        """
         at = 0
         fishers = {f"fisher of {name}": fisher for name, fisher in self._fishers.items()}
-        for base, found in self._read(self._base, {**self.parts, **fishers}):
+        for base, found in self._read(self._base, {**self.parts, **fishers}, run_entries):
             values = {name: found[name] for name in self.parts}
             known = {name: found[f"fisher of {name}"].view(-1) for name in self._fishers}
             yield self._entries(at, base, values, known)
@@ -303,7 +320,7 @@ class _Tensor:
         """The method's terms over all entries, if it has any; added up in order."""
         if type(method).terms is FusionMethod.terms:
             return None
-        terms = (method.terms(entries, thresholds) for _, entries in self.entries())
+        terms = (method.terms(entries, thresholds) for _, entries in self.entries(FIXED_ENTRIES))
         return torch.stack([t for t in terms if t is not None]).sum(dim=0)
 
     def sample(self) -> Entries:
@@ -378,9 +395,11 @@ class _Tensor:
                 model.read(at, stop, row.view(torch.uint8))
             yield at * self._columns, rows
 
-    def _read(self, base: _Rows, parts: Mapping[str, _Rows]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    def _read(
+        self, base: _Rows, parts: Mapping[str, _Rows], run_entries: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """The rows of one part and of others, run by run."""
-        step = max(RUN_ENTRIES // max(self._columns, 1), 1)
+        step = _rows_of(run_entries or RUN_ENTRIES, self._columns)
         spans = (range(at, min(at + step, self._num_rows)) for at in range(0, self._num_rows, step))
         runs = (
             (base.read(s.start, s.stop), {name: part.read(s.start, s.stop) for name, part in parts.items()})
@@ -404,6 +423,11 @@ def _part(aligned: FullModel, model: Model, tensor: str) -> _Rows | None:
         return _Product(delta)
     shape = aligned.tensors[tensor].shape
     return _Held(delta.value.reshape(-1, shape[-1] if shape else 1))
+
+
+def _rows_of(entries: int, columns: int) -> int:
+    """How many whole rows have about so many entries, at least one."""
+    return max(entries // max(columns, 1), 1)
 
 
 def _thinned(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -49,6 +49,8 @@ def _nearest_orthonormal(columns: torch.Tensor, tolerance: float) -> torch.Tenso
     """PQᵀ of PDQᵀ, on the support of D: the shape of `columns`."""
     import torch
 
+    from fleet.algebra.products import product
+
     left, values, right = torch.linalg.svd(columns, full_matrices=False)
     rank = count_above(values, tolerance)
-    return left[:, :rank] @ right[:rank]
+    return product(left[:, :rank], right[:rank])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 import torch
 
 from fleet.algebra.delta import Delta, Dense, LowRank
+from fleet.algebra.products import dot, row_ranges
 from fleet.algebra.random_edits import named_generator
 from fleet.algebra.row_blocks import RowBlocks
 from fleet.algebra.spectral import Triplets, leading_triplets
@@ -50,9 +51,6 @@ from fleet.work.unit import PoolName, UnitRecord
 
 if TYPE_CHECKING:
     from fleet.work.tensor_worker import TensorWorker
-
-BLOCK_BYTES = 16 << 20
-"""Rows are read this many bytes at a time: enough rows for a product with them to run at full speed."""
 
 READ_AHEAD = 4
 """Blocks of each base model that are read while earlier ones are used."""
@@ -339,8 +337,7 @@ def _is_finite(folder: Folder, info: TensorInfo) -> bool:
 
 def _squares(block: torch.Tensor) -> float:
     """Σ x²; NaN or Inf where a value is (float32: values beyond 1e19 count as infinite)."""
-    flat = block.reshape(-1)
-    return float(torch.dot(flat, flat))
+    return float(dot(block, block))
 
 
 # -- V, tensor by tensor -----------------------------------------------------------------------------------------
@@ -389,7 +386,7 @@ class _Displaced:
     def dense(self) -> torch.Tensor:
         """The whole of V."""
         self.norm()
-        return self.matrix.dense()
+        return self.matrix.dense() if self._resident is None else self._resident
 
     def _blocks(self) -> Iterator[torch.Tensor]:
         if not self._is_read:
@@ -399,7 +396,7 @@ class _Displaced:
                 yield block
             self._is_read = True
         elif self._resident is not None:
-            yield self._resident
+            yield from (self._resident[start:stop] for start, stop in row_ranges(*self.matrix.shape))
         else:
             for _, pairs in _blocks_ahead(*self._models, (self._tensor,), ring()):
                 for _, a, u in pairs:
@@ -491,6 +488,4 @@ def _matrix_shape(info: TensorInfo) -> tuple[int, int]:
 
 
 def _row_ranges(info: TensorInfo) -> list[Rows]:
-    rows, _ = _matrix_shape(info)
-    step = max(BLOCK_BYTES // max(info.num_bytes // max(rows, 1), 1), 1)
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return row_ranges(*_matrix_shape(info))

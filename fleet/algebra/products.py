@@ -1,0 +1,126 @@
+"""Matrix products whose bits are the same wherever they are computed, and beside whatever else.
+
+Everything that is written comes of such products, and a step that is done again, on another worker or beside other
+models, has to write the same bytes. A BLAS promises less: the order in which a kernel adds up follows the operands'
+addresses, strides and shapes, and the number of threads (MKL gives the same bits for the same shapes, 64-byte aligned,
+on one kind of processor with one number of threads: "Obtaining numerically reproducible results"). So here
+
+    address, strides   operands lie row by row from a multiple of 64 bytes on, or are copied (`aligned`)
+    shapes             follow from a tensor's own shape: rows in the blocks of `row_ranges`, whatever is read or held at
+                       once; a model's columns give what they give alone (`beside`)
+    threads            one, where work for a step begins (`use_one_thread`)
+
+Sums, norms and elementwise operators of torch depend on none of these, but for the threads; `torch.dot` is a BLAS's.
+Between kinds of processors bits differ; see `fleet.methods.base.ROUNDING`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import torch
+
+ALIGNMENT = 64
+"""Bytes: a cache line, and the widest vector of any processor here. torch allocates at multiples of it."""
+
+PANEL = 16
+"""Columns that a model's own are taken by, the last ones filled up with zeros: for fewer a BLAS has other kernels."""
+
+BLOCK_ENTRIES = 8 << 20
+"""Entries in a block of rows: enough for a product with them to run at full speed."""
+
+_ROWS = 16
+"""Blocks have a multiple of as many rows, so that each begins aligned in the memory of the whole."""
+
+Side: TypeAlias = Literal["left", "right"]
+"""Whether a matrix stands left of the columns it is multiplied with, X @ C, or right of them, (Cᵀ @ X)ᵀ."""
+
+
+def use_one_thread() -> None:
+    """Call where a worker starts, in the thread that does its work: bits depend on how many threads share a sum."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it lies row by row from a multiple of `ALIGNMENT` bytes on, else a copy that does."""
+    if tensor.data_ptr() % ALIGNMENT == 0 and tensor.stride() == _row_by_row(tensor.shape):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=4096)
+def _row_by_row(shape: torch.Size) -> tuple[int, ...]:
+    """Strides; of axes of length 1 too, by which torch chooses among a BLAS's routines."""
+    return torch.empty(shape, device="meta").stride()
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, of any shapes that can be multiplied. Differentiable."""
+    return aligned(left) @ aligned(right)
+
+
+def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Σ left · right over all entries, both of one shape: a scalar of their dtype."""
+    return torch.dot(aligned(left).view(-1), aligned(right).view(-1))
+
+
+def row_ranges(rows: int, columns: int) -> list[tuple[int, int]]:
+    """The blocks of a matrix' rows, [start, stop), by which it is multiplied: of its shape alone."""
+    step = max(BLOCK_ENTRIES // max(columns, 1), 1)
+    step = step // _ROWS * _ROWS or step
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def beside(side: Side, matrix: torch.Tensor, columns: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """Products of a matrix with several models' columns at once: each model's have the bits they have alone.
+
+    Those are by definition the bits of its own columns in panels of `PANEL`. One product of all columns takes half the
+    time, and has the same bits where a kernel adds up in the same order wherever a column stands. Whether it does is
+    tried out, once for each shape; where it doesn't, panels are multiplied one by one.
+
+    Args:
+        matrix: (m, k), or on the right (k, m).
+        columns: (k, Σ widths).
+        widths: how many columns each model has.
+
+    Returns:
+        (m, Σ widths).
+    """
+    count = columns.shape[1]
+    width = -(-count // PANEL) * PANEL
+    if _is_columnwise(side, (matrix.shape[0], matrix.shape[1]), width, matrix.dtype):
+        return _multiplied(side, matrix, _filled(columns, width))[:, :count]
+    return torch.cat(
+        [
+            _multiplied(side, matrix, _filled(panel, PANEL))[:, : panel.shape[1]]
+            for own in columns.split(list(widths), dim=1)
+            for panel in own.split(PANEL, dim=1)
+        ],
+        dim=1,
+    )
+
+
+def _multiplied(side: Side, matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    # On the right, (Cᵀ X)ᵀ: the tall X stays in its own row order, twice as fast as Xᵀ @ C where C is narrow.
+    return product(matrix, columns) if side == "left" else product(columns.T, matrix).T
+
+
+def _filled(columns: torch.Tensor, width: int) -> torch.Tensor:
+    """The columns, and zeros up to a width."""
+    return torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
+
+
+@lru_cache(maxsize=1024)
+def _is_columnwise(side: Side, shape: tuple[int, int], width: int, dtype: torch.dtype) -> bool:
+    """Whether columns have the same bits in a product of this width as in a panel of their own, wherever they stand."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=dtype)
+    columns = torch.randn(shape[1 if side == "left" else 0], width, generator=generator, dtype=dtype)
+    together, last = _multiplied(side, matrix, columns), width - PANEL
+    return all(
+        torch.equal(together[:, start : start + PANEL], _multiplied(side, matrix, columns[:, start : start + PANEL]))
+        for start in sorted({0, last // 3, last // 2 + last % 2, last - last // 7, last})
+    )
