@@ -11,7 +11,7 @@ on one kind of processor with one number of threads: "Obtaining numerically repr
     threads            one, where work for a step begins (`use_one_thread`)
 
 Sums, norms and elementwise operators of torch depend on none of these, but for the threads; `torch.dot` is a BLAS's.
-Between kinds of processors bits differ; see `fleet.methods.base.ROUNDING`.
+Between kinds of processors bits differ, by as much as `fleet.methods.base` says of statistics.
 """
 
 from __future__ import annotations

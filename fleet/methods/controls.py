@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from fleet.core.identity import Json
-from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
+from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod, decision
 from fleet.methods.csulora import CsuLora
 from fleet.methods.lox import Lox
 from fleet.methods.mask_spec import MaskSpec
@@ -118,18 +118,25 @@ class Control(RealignMethod):
 
     def decide_targets(self, modules: Sequence[ModuleStatistics], targets: Mapping[str, float]) -> list[Decision]:
         """One decision per module: edited if it has a target."""
-        return [
-            Decision(module=m.module, edit=True, reason=f"control: an edit of norm {targets[m.module]:.4g}")
-            if m.module in targets
-            else Decision(module=m.module, edit=False, reason="control: not edited")
-            for m in modules
-        ]
+        close = frozenset(self.close_modules(modules))
+        decisions: list[Decision] = []
+        for name in (m.module for m in modules):
+            reason = f"an edit of norm {targets[name]:.4g}" if name in targets else "not edited"
+            decisions.append(decision(name, name in targets, f"control: {reason}", name in close))
+        return decisions
+
+    def close_modules(self, modules: Sequence[ModuleStatistics]) -> list[str]:
+        """Those of the method it controls for, whose edits it copies module by module."""
+        return self.of.close_modules(modules)
 
 
 class UniformScaling(Control):
     """ΔW ← (1 − c)ΔW in every module, c = ‖the method's edit‖ / ‖ΔW‖ over the whole model; c > 1 overshoots."""
 
     method: Literal["uniform_scaling"]
+
+    def close_modules(self, modules: Sequence[ModuleStatistics]) -> list[str]:
+        return _all_if_any(modules, super().close_modules(modules))
 
     def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
         whole = sum(m.delta_norm**2 for m in modules) ** 0.5
@@ -144,6 +151,9 @@ class RandomModules(Control):
     """The method's edits, in modules drawn at random."""
 
     method: Literal["random_modules"]
+
+    def close_modules(self, modules: Sequence[ModuleStatistics]) -> list[str]:
+        return _all_if_any(modules, super().close_modules(modules))
 
     def targets(self, modules: Sequence[ModuleStatistics], edit_norms: Mapping[str, float]) -> dict[str, float]:
         edited = {name: norm for name, norm in edit_norms.items() if norm}
@@ -193,6 +203,11 @@ class Noise(Control):
         from fleet.algebra.random_edits import gaussian_like
 
         return _resized(module, gaussian_like(module.delta, module.generator(self.seed)))
+
+
+def _all_if_any(modules: Sequence[ModuleStatistics], close: Sequence[str]) -> list[str]:
+    """All modules: what a control spreads over the model follows from all decisions of the method it controls for."""
+    return [m.module for m in modules] if close else []
 
 
 def _edit_of(method: RealignMethod, module: Module) -> Delta:

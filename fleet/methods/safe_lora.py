@@ -32,6 +32,8 @@ from fleet.methods.base import (
     ModuleStatistics,
     Need,
     Ranks,
+    around_cut,
+    decision,
     lowest,
 )
 
@@ -70,8 +72,10 @@ class SafeLora(Gated):
         values = {m.module: value for m in modules if (value := self.value(m)) is not None}
         if self.select == "number":
             chosen = lowest(values, self.number)
+            close = around_cut(values, {m.module: self.rounding(m) for m in modules}, self.number)
         else:
             chosen = frozenset(name for name, value in values.items() if value <= self.tau)
+            close = frozenset(m.module for m in modules if self.is_close(m))
         decisions: list[Decision] = []
         for module in modules:
             if module.module not in values:
@@ -85,17 +89,17 @@ class SafeLora(Gated):
             reason = f"{self.statistic} {values[module.module]:.4f} {rule}"
             if edit and self._deletes(module):
                 reason += f"; gain {module.gain or 0.0:.2g}: the projection is a deletion"
-            decisions.append(Decision(module=module.module, edit=edit, reason=reason))
+            decisions.append(decision(module.module, edit, reason, module.module in close))
         return decisions
 
     def warning(self, modules: Sequence[ModuleStatistics], edited: Set[str]) -> str | None:
-        deleted = [m.module for m in modules if m.module in edited and self._deletes(m)]
-        if not deleted:
-            return None
-        return (
-            f"in {len(deleted)} of {len(edited)} edited modules the projection keeps less than "
-            f"{PROJECTION_IS_DELETION:.0%} of ΔW: a deletion; compare with the operators delete and norm_preserving"
-        )
+        found = [super().warning(modules, edited)]
+        if deleted := [m.module for m in modules if m.module in edited and self._deletes(m)]:
+            found.append(
+                f"in {len(deleted)} of {len(edited)} edited modules the projection keeps less than "
+                f"{PROJECTION_IS_DELETION:.0%} of ΔW: a deletion; compare with the operators delete and norm_preserving"
+            )
+        return "; ".join(text for text in found if text) or None
 
     def _deletes(self, module: ModuleStatistics) -> bool:
         return self.operator == "projection" and (module.gain or 0.0) < PROJECTION_IS_DELETION

@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod, lowest
+from fleet.methods.base import (
+    STATISTIC_ROUNDING,
+    Decision,
+    Module,
+    ModuleStatistics,
+    Need,
+    Ranks,
+    RealignMethod,
+    around_cut,
+    decision,
+    lowest,
+)
 
 if TYPE_CHECKING:
     from fleet.algebra.delta import Delta
@@ -42,12 +53,15 @@ class SpLora(RealignMethod):
 
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
         distances = {m.module: _distance(m.rho, math.prod(m.shape)) for m in modules if m.rho is not None}
-        chosen = lowest({name: -distance for name, distance in distances.items()}, self.number)
+        values = {name: -distance for name, distance in distances.items()}
+        chosen = lowest(values, self.number)
+        roundings = {m.module: _rounding(m.rho, math.prod(m.shape)) for m in modules if m.rho is not None}
+        close = around_cut(values, roundings, self.number)
         decisions: list[Decision] = []
         for module in modules:
             distance = distances.get(module.module)
             reason = "rho undefined: kept" if distance is None else f"distance {distance:.1f}"
-            decisions.append(Decision(module=module.module, edit=module.module in chosen, reason=reason))
+            decisions.append(decision(module.module, module.module in chosen, reason, module.module in close))
         return decisions
 
     def edit(self, module: Module) -> Delta:
@@ -56,3 +70,9 @@ class SpLora(RealignMethod):
 
 def _distance(rho: float, num_entries: int) -> float:
     return math.sqrt(2 * num_entries) * (math.sqrt(1.0 - rho) - 1.0)
+
+
+def _rounding(rho: float, num_entries: int) -> float:
+    """By how much the distance may differ between kinds of processors; most where ρ is nearly 1."""
+    below, above = (rho * (1.0 - side * STATISTIC_ROUNDING) for side in (1.0, -1.0))
+    return _distance(below, num_entries) - _distance(min(above, 1.0), num_entries)

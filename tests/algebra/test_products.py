@@ -159,8 +159,8 @@ def test_every_product_goes_through_the_one_module(room: str) -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             called = node.func if isinstance(node, ast.Call) else None
             is_torch = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-                found.append(f"{file.name}:{node.lineno}")
-            elif is_torch and called.value.id == "torch" and called.attr in {*named, "dot"}:
+            if (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)) or (
+                is_torch and called.value.id == "torch" and called.attr in {*named, "dot"}
+            ):
                 found.append(f"{file.name}:{node.lineno}")
     assert not found

@@ -312,6 +312,19 @@ def test_control_decisions_follow_from_its_targets() -> None:
         assert control(kind, METHODS["safemerge"]).targets([statistics("a")], {"b": 2.0}) == {"b": 2.0}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_control_of_a_decision_within_rounding_says_so(kind: str) -> None:
+    """Of a method's decision for one module, where its edits are copied one by one, and else for all."""
+    modules = [statistics("a", lift=1.0 + 1e-6), statistics("b", lift=0.5), statistics("c", lift=3.0)]
+    matched = control(kind, METHODS["safemerge"])
+    close = {"a"} if kind in ("random_subspace", "noise") else {"a", "b", "c"}
+    decisions = matched.decide_targets(modules, {"b": 1.0})
+    assert {d.module for d in decisions if d.close} == close == set(matched.close_modules(modules))
+    assert decisions[0].reason == "control: not edited; within rounding of the cut"
+    assert (matched.warning(modules, {"b"}) or "").startswith(f"{len(close)} of 3 modules lie within rounding")
+    assert not matched.close_modules(modules[1:]) and matched.warning(modules[1:], {"b"}) is None
+
+
 def ranks_by_kind(of: RealignMethod, ranks: Ranks) -> Sequence[int]:
     return [control(kind, of).rank(ranks) for kind in KINDS]
 

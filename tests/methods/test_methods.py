@@ -260,8 +260,10 @@ def test_safe_lora_number_takes_exactly_that_many_and_ties_go_by_name() -> None:
         assert [d.module for d in decisions] == [*lifts, "f"]
         assert {d.module for d in decisions if d.edit} == set(chosen)
     two = SafeLora(method="safe_lora", select="number", number=2).decide(modules)
-    assert two[1].reason == "lift 0.5000 among the 2 lowest"
-    assert two[0].reason == "lift 0.5000 not among the 2 lowest"
+    assert two[1].reason == "lift 0.5000 among the 2 lowest; within rounding of the cut"
+    assert two[0].reason == "lift 0.5000 not among the 2 lowest; within rounding of the cut"
+    assert [d.module for d in two if d.close] == ["d", "b", "c"], "a tie is decided by name"
+    assert not any(d.close for d in SafeLora(method="safe_lora", select="number", number=1).decide(modules))
 
 
 @settings(deadline=None, max_examples=50)
@@ -302,6 +304,55 @@ def test_safe_lora_warning_counts_the_deletions_among_the_edited() -> None:
     assert SafeLora(method="safe_lora", operator="delete").warning(modules, {"a"}) is None
     for name in METHODS.keys() - {"safe_lora"}:
         assert METHODS[name].warning(modules, {"a", "b", "c", "d"}) is None
+
+
+def close_of(method: RealignMethod, modules: list[ModuleStatistics]) -> set[str]:
+    decisions = method.decide(modules)
+    assert all(d.close == d.reason.endswith("; within rounding of the cut") for d in decisions)
+    assert method.close_modules(modules) == [d.module for d in decisions if d.close]
+    return {d.module for d in decisions if d.close}
+
+
+@pytest.mark.parametrize("statistic", ["lift", "rho", "rho_z", "kappa", "cosine"])
+@pytest.mark.parametrize("make", [SafeMerge, SafeLora])
+def test_decisions_within_rounding_of_the_threshold_are_close_on_either_side(make: Any, statistic: str) -> None:
+    """Half the rounding off and twice it, below and above; undefined ones are never close."""
+    method = make(method="safemerge" if make is SafeMerge else "safe_lora", statistic=statistic, threshold=0.25)
+    # ρ_z is (0.5 + x − 0.5) / 0.01: its rounding is ρ's, 1e-5 (0.5 + 0.5), in units of 0.01.
+    rounding = {"lift": 2.5e-6, "rho": 2.5e-6, "rho_z": 1e-3, "kappa": 2.5e-4, "cosine": 1e-5}[statistic]
+
+    def at(name: str, value: float) -> ModuleStatistics:
+        if statistic == "rho_z":
+            return statistics(name, rho=0.5 + 0.01 * value, rho_null=0.5, rho_null_sd=0.01)
+        if statistic == "kappa":
+            return statistics(name, shape=(1, 5), energies=(value,))
+        return statistics(name, **{statistic: value})
+
+    offsets = {"below": -2.0, "just below": -0.5, "on it": 0.0, "just above": 0.5, "above": 2.0}
+    modules = [at(name, 0.25 + rounding * offset) for name, offset in offsets.items()]
+    assert close_of(method, [*modules, statistics("m", **UNDEFINED)]) == {"just below", "on it", "just above"}
+    warning = method.warning(modules, set())
+    assert warning and warning.startswith("3 of 5 modules lie within rounding of what decides")
+    assert "just below, on it, just above" in warning
+
+
+def test_the_lowest_within_rounding_of_the_cut_are_close_on_either_side() -> None:
+    lifts = {"a": 0.3, "b": 0.5, "c": 0.5 + 4e-6, "d": 0.5 + 8e-6, "e": 0.5 + 3e-5, "f": 0.9}
+
+    def close_at(number: int) -> set[str]:
+        modules = [statistics(name, lift=lift) for name, lift in lifts.items()]
+        return close_of(SafeLora(method="safe_lora", select="number", number=number), modules)
+
+    assert close_at(1) == close_at(5) == close_at(6) == close_at(9) == set()
+    assert close_at(2) == close_at(3) == {"b", "c", "d"}
+
+
+def test_splora_distances_within_rounding_of_the_cut_are_close() -> None:
+    rhos = {"a": 0.2, "b": 0.5, "c": 0.5 + 5e-6, "d": 0.5 + 2e-4, "e": 1.0}
+    modules = [statistics(name, rho=rho, shape=(10, 10)) for name, rho in rhos.items()]
+    assert close_of(SpLora(method="splora", number=2), modules) == {"b", "c"}
+    assert close_of(SpLora(method="splora", number=3), modules) == set()
+    assert close_of(SpLora(method="splora", number=5), modules) == set()
 
 
 def test_splora_removes_the_highest_distances() -> None:
