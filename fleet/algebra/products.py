@@ -8,7 +8,7 @@ on one kind of processor with one number of threads: "Obtaining numerically repr
     address, strides   operands lie row by row from a multiple of 64 bytes on, or are copied (`aligned`)
     shapes             follow from a tensor's own shape: rows in the blocks of `row_ranges`, whatever is read or held at
                        once; a model's columns give what they give alone (`beside`)
-    threads            one, where work for a step begins (`use_one_thread`)
+    threads            one, which `fleet.work.tensor_worker` sees to
 
 Sums, norms and elementwise operators of torch depend on none of these, but for the threads; `torch.dot` is a BLAS's.
 Between kinds of processors bits differ, by as much as `fleet.methods.base` says of statistics.
@@ -36,12 +36,6 @@ _ROWS = 16
 
 Side: TypeAlias = Literal["left", "right"]
 """Whether a matrix stands left of the columns it is multiplied with, X @ C, or right of them, (Cᵀ @ X)ᵀ."""
-
-
-def use_one_thread() -> None:
-    """Call where a worker starts, in the thread that does its work: bits depend on how many threads share a sum."""
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
