@@ -17,7 +17,7 @@ from fleet.manifest import Placement
 logger = logging.getLogger(__name__)
 
 _ray: Any = ray
-"""Ray types these calls in part."""
+"""Ray types some calls in part."""
 
 _CONNECT_SECONDS = 10.0
 

@@ -25,6 +25,9 @@ from fleet.run.tasks import Outcome, Task
 
 logger = logging.getLogger(__name__)
 
+_ray: Any = ray
+"""Ray types some calls in part."""
+
 _BACKOFF_SECONDS = 1.0
 """Doubled with each attempt of a unit: a node that died takes a moment to be noticed."""
 
@@ -250,8 +253,7 @@ class Pool:
             self._kill(worker.actor)
 
     def _kill(self, actor: Actor) -> None:
-        kill: Any = ray.kill  # whose actor Ray types in part
-        kill(actor, no_restart=True)
+        _ray.kill(actor, no_restart=True)
 
 
 def _summary(error: Exception) -> str:

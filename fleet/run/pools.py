@@ -44,6 +44,9 @@ _SCRATCH = str(Path(tempfile.gettempdir(), "fleet-scratch"))
 
 _WAIT_SECONDS = 0.5
 
+_ray: Any = ray
+"""Ray types some calls in part."""
+
 
 class RayPools:
     """Pools of Ray actors, as the plan's placement has them. A pool has no actor before there is work for it."""
@@ -65,8 +68,7 @@ class RayPools:
         refs = [ref for pool in pools for ref in pool.refs]
         ready: Sequence[Ref] = ()
         if refs:
-            wait: Any = ray.wait  # which Ray types in part
-            ready, _ = wait(refs, num_returns=1, timeout=_WAIT_SECONDS)
+            ready, _ = _ray.wait(refs, num_returns=1, timeout=_WAIT_SECONDS)
         else:
             time.sleep(_WAIT_SECONDS if any(p.busy for p in pools) else 0.0)
         outcomes: list[Outcome] = []

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 
@@ -47,13 +47,9 @@ from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.methods import ModuleStatistics
 from fleet.store import Folder, open_folder
+from fleet.work.scratch import Memory, Scratch, Slot, ring
+from fleet.work.tensor_worker import TensorWorker
 from fleet.work.unit import PoolName, UnitRecord
-
-if TYPE_CHECKING:
-    from fleet.work.tensor_worker import TensorWorker
-
-READ_AHEAD = 4
-"""Blocks of each base model that are read while earlier ones are used."""
 
 READERS = 2
 """Threads that read them; one does not keep a fast disk busy."""
@@ -115,39 +111,9 @@ class SurveyResult(NamedTuple):
     projections: dict[str, UnitRecord]
 
 
-class Memory:
-    """Memory that is kept from one use to the next: fresh pages cost as much as a subtraction."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, num_bytes: int) -> torch.Tensor:
-        """uint8, uninitialised; the last one's memory."""
-        if self._bytes.numel() < num_bytes:
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._bytes[:num_bytes]
-
-
 Rows: TypeAlias = tuple[int, int]
 Pair: TypeAlias = tuple[Rows, torch.Tensor, torch.Tensor]
 """A range of rows, and their values in the aligned and the unaligned model."""
-
-Slot: TypeAlias = tuple[Memory, Memory]
-"""Where a block of the aligned model is read to, and one of the unaligned."""
-
-
-def ring() -> list[Slot]:
-    """Slots for the blocks that are read ahead, and for the one in use."""
-    return [(Memory(), Memory()) for _ in range(READ_AHEAD + 1)]
-
-
-class Scratch:
-    """What one worker keeps between tensors."""
-
-    def __init__(self) -> None:
-        self.ring = ring()
-        self.v = Memory()
-        """V of a tensor, or of a block of one that is not kept whole."""
 
 
 def survey(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fleet.work.survey import Scratch
+from fleet.work.scratch import Scratch
 from fleet.work.unit import Worker
 
 

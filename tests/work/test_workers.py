@@ -27,7 +27,8 @@ from fleet.methods import AnyRealignMethod, CsuLora, Lox, Noise, Resta, Revert, 
 from fleet.store import open_folder
 from fleet.work.fusing import FuseUnit
 from fleet.work.realigning import RealignUnit
-from fleet.work.survey import Scratch, SurveyResult, SurveyUnit
+from fleet.work.scratch import Scratch
+from fleet.work.survey import SurveyResult, SurveyUnit
 from fleet.work.survey import survey as survey_unit
 from fleet.work.tensor_worker import TensorWorker
 from fleet.work.unit import UnitRecord
