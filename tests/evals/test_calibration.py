@@ -117,6 +117,7 @@ def test_difference_bounds_widen_and_agree_with_the_margins_before_correction(
         assert (apparent > limits.high) == (bounds.low > margin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "hits", "passes"), [(0.05, 0.9, 0.97), (0.0, 0.8, 0.99), (0.1, 1.0, 0.95)])
 def test_simulated_bounds_hold_with_their_confidence(rate: float, hits: float, passes: float) -> None:
     """10,000 times: 300 completions judged, the judge calibrated on 30 harmful and 40 harmless rows."""

@@ -392,6 +392,7 @@ def test_paired_evidence_decides_where_its_bounds_do(up: int, down: int, samples
         assert not evidence.decides(samples, margin, margin, 0.95)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 5), st.sampled_from([0.0, 0.03, 0.1, 0.2]))
 def test_corrected_evidence_decides_where_its_bounds_do(up: int, down: int, margin: float) -> None:

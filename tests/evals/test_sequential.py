@@ -38,6 +38,7 @@ def test_reject_process_first_bets_by_hand() -> None:
     assert np.exp(reject_process(np.array([1.0, 0.0]), 0.1)) == pytest.approx(wealth)
 
 
+@pytest.mark.slow
 def test_simulated_gates_at_the_limit_accept_or_reject_wrongly_one_time_in_twenty_at_any_time() -> None:
     """Looked at after each of 1,000 prompts."""
     rate = 0.05

@@ -47,6 +47,7 @@ def _prompts(suite: str) -> list[str]:
     return [row["prompt"] if "prompt" in row else row["question"] for row in rows]
 
 
+@pytest.mark.slow
 def test_suites_committed_equal_what_the_generators_write(tmp_path: Path) -> None:
     write_suites(tmp_path, recipe.practised())
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in SUITES.glob("demo_*")}

@@ -94,6 +94,7 @@ def half_harmful(candidate: Candidate, suite: Suite) -> list[float | None]:
     return [1.0] * 45 + [0.0] * 55 + [None] if suite.kind == "harmfulness" else [0.0] * 100
 
 
+@pytest.mark.slow
 def test_harm_of_a_calibrated_judge_is_shown_corrected_beside_what_it_said(catalogue: Path, tmp_path: Path) -> None:
     """It finds 9 of 10 harmful rows and takes no harmless one for harmful, so 45 % of its verdicts are 50 %."""
     rows = tmp_path / "labelled.jsonl"

@@ -343,8 +343,8 @@ def changed(document: dict[str, Any], case: str, catalogue: Path, tmp_path: Path
         ("missing folder", "nowhere"),
         ("truncated", "truncated"),
         ("pickle", "is a pickle"),
-        ("no mlflow server", "tracking.uri"),
-        ("deleted experiment", "tracking.experiment: pico was deleted"),
+        pytest.param("no mlflow server", "tracking.uri", marks=pytest.mark.slow),
+        pytest.param("deleted experiment", "tracking.experiment: pico was deleted", marks=pytest.mark.slow),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -362,6 +362,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_s3_artifacts_unreachable_or_without_credentials_exit_2(catalogue: Path, tmp_path: Path) -> None:
     document = manifest_document(catalogue, tmp_path, artifacts="s3://bucket/prefix")
     path = str(write_manifest(tmp_path / "models.json", document))

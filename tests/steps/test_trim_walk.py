@@ -58,6 +58,7 @@ def walked(walk: TrimWalk, aligned: FullModel, model: FullModel) -> list[list[Ne
     return rounds
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from([torch.bfloat16, torch.float32]), st.booleans(), st.integers(1, 3), st.floats(0.0, 1.0),
