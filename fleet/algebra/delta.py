@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 
+from fleet.algebra import linalg
 from fleet.algebra.products import product
 
 
@@ -112,7 +113,7 @@ class Dense:
 
     def norm(self) -> float:
         """‖ΔW‖, Frobenius, in float64."""
-        return float(torch.linalg.vector_norm(self.value, dtype=torch.float64))
+        return linalg.norm(self.value)
 
     def dense(self) -> torch.Tensor:
         return self.value

@@ -5,7 +5,7 @@ and gives the same bits. Loading numba takes a second, so import this where a lo
 beside this file or in the user's cache.
 """
 
-# pyright: reportUntypedFunctionDecorator=false, reportMissingTypeStubs=false
+# pyright: reportUntypedFunctionDecorator=false, reportMissingTypeStubs=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 

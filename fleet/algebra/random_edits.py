@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.products import product
 
@@ -27,7 +28,7 @@ def gaussian_like(delta: Delta, generator: torch.Generator) -> Delta:
 
 def random_frame(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """A uniformly random orthonormal frame (rows, columns), float32: QR of a Gaussian, signs fixed by R's diagonal."""
-    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+    q, r = linalg.qr(torch.randn(rows, columns, generator=generator))
     return q * torch.sign(torch.diagonal(r))
 
 
@@ -38,7 +39,7 @@ def turned(delta: Delta, generator: torch.Generator) -> Delta:
     never built: with B = Q_B R_B, Q B has the law of F R_B for a random frame F.
     """
     if isinstance(delta, LowRank):
-        r = torch.linalg.qr(delta.b).R
+        r = linalg.qr(delta.b).r
         return LowRank(product(random_frame(delta.b.shape[0], delta.rank, generator), r), delta.a)
     frame = random_frame(delta.shape[0], delta.shape[0], generator)
     return Dense(product(frame, delta.value))

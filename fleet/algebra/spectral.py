@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, LowRank
 from fleet.algebra.products import product
 from fleet.algebra.row_blocks import RowBlocks
@@ -49,23 +50,23 @@ def leading_triplets(matrix: RowBlocks, k: int, generator: torch.Generator) -> T
     """
     k = min(k, *matrix.shape)
     if min(matrix.shape) <= EXACT_SIDE:
-        left, values, right = torch.linalg.svd(matrix.dense(), full_matrices=False)
+        left, values, right = linalg.svd(matrix.dense())
         return Triplets(left, values, right.T).head(k)
     columns = min(k + OVERSAMPLING, *matrix.shape)
     start = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype)
-    basis = torch.linalg.qr(matrix.times(start)).Q
+    basis = linalg.qr(matrix.times(start)).q
     for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix.times(torch.linalg.qr(matrix.transposed_times(basis)).Q)).Q
+        basis = linalg.qr(matrix.times(linalg.qr(matrix.transposed_times(basis)).q)).q
     # The small side: basisᵀ X = (Xᵀ basis)ᵀ.
-    right, values, left = torch.linalg.svd(matrix.transposed_times(basis), full_matrices=False)
+    right, values, left = linalg.svd(matrix.transposed_times(basis))
     return Triplets(product(basis, left.T), values, right).head(k)
 
 
 def low_rank_triplets(delta: LowRank) -> Triplets:
     """All singular triplets of a LoRA's ΔW, in float64, from an r × r SVD."""
-    q_b, r_b = torch.linalg.qr(delta.b.double())
-    q_a, r_a = torch.linalg.qr(delta.a.double().T)
-    left, values, right = torch.linalg.svd(product(r_b, r_a.T), full_matrices=False)
+    q_b, r_b = linalg.qr(delta.b.double())
+    q_a, r_a = linalg.qr(delta.a.double().T)
+    left, values, right = linalg.svd(product(r_b, r_a.T))
     return Triplets(product(q_b, left), values, product(q_a, right.T))
 
 

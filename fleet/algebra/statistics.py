@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.products import dot, product
 from fleet.algebra.row_blocks import RowBlocks
@@ -85,8 +86,8 @@ def delta_statistics(
         b = torch.cat([d.b for d in low_rank], dim=1)
         ranks = [d.rank for d in low_rank]
         m, n = _products(v, b, rho, ranks)
-        ns = [None] * len(names) if n is None else n.split(ranks, dim=1)
-        for name, delta, m_i, n_i in zip(names, low_rank, m.split(ranks, dim=1), ns, strict=True):
+        ns = [None] * len(names) if n is None else torch.split(n, ranks, dim=1)
+        for name, delta, m_i, n_i in zip(names, low_rank, torch.split(m, ranks, dim=1), ns, strict=True):
             found[name] = _low_rank(v.shape, displacement, delta, m_i, n_i)
     for name, delta in deltas.items():
         if isinstance(delta, Dense):
@@ -120,7 +121,7 @@ def probe_triples(v: RowBlocks, norm: float, generator: torch.Generator) -> torc
     known = torch.tensor([v.shape[0], norm**2], dtype=torch.float64)
     offset, spread = known / mean[:2] - 1.0, triples / mean - 1.0
     # Not the default driver, "gelsy": torch leaves its pivots uninitialised, and bits follow what was in memory.
-    slopes = torch.linalg.lstsq(spread[:, :2], spread[:, 2:], driver="gelsd").solution[:, 0]
+    slopes = linalg.least_squares(spread[:, :2], spread[:, 2:])[:, 0]
     return triples * (1.0 + torch.cat((offset, (offset * slopes).sum().reshape(1))))
 
 
@@ -179,7 +180,7 @@ def _low_rank(
         return (product(rows, gram_a) * rows).sum(dim=1)
 
     def weights() -> torch.Tensor:
-        return torch.linalg.eigvalsh(gram_a).clamp_min(0.0)
+        return linalg.eigenvalues(gram_a).clamp_min(0.0)
 
     return _statistics(shape, displacement, found, weights, energies)
 
@@ -238,5 +239,5 @@ def _statistics(
         rho = min(inner.mm / (inner.nn * inner.dd) ** 0.5, 1.0) if inner.nn > 0.0 else 0.0
         null, null_sd = rho_null(displacement.probes, weights())
     if displacement.basis is not None:
-        energies = tuple((energies_in(displacement.basis.left) / inner.dd).tolist())
+        energies = tuple(float(share) for share in energies_in(displacement.basis.left) / inner.dd)
     return DeltaStatistics(delta_norm, safety_norm, rho, null, null_sd, lift, gain, cosine, energies)

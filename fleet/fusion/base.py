@@ -14,9 +14,9 @@ Like the realign methods, fusion methods import no torch until they work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,13 +42,17 @@ class Entries:
     """Index of the first entry in the whole tensor, all counted in order."""
     columns: int
     """Length of the tensor's last axis; a run holds whole rows."""
-    curvature: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    curvature: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     """Every model of the variant -> the Fisher of these entries, (n,) float32; empty where none is asked for."""
     models: Sequence[str] = ()
     """All models of the variant, in the manifest's order, those too that leave the tensor alone."""
     aligned: torch.Tensor | None = None
     """The aligned model's weights, (n,) float32; none where task vectors alone are at hand."""
 
+
+CompiledMerge: TypeAlias = "Callable[[torch.Tensor, int], None]"
+"""Given (M + 2, n) bfloat16, the aligned model, the others and a row for the result, and the first entry's index in the
+tensor: writes the fused weights to the last row."""
 
 Thresholds = Mapping[str, Sequence[float]]
 """Score -> the values of its ranks, in their order; inf for rank 0."""
@@ -147,6 +151,12 @@ class FusionMethod(BaseModel):
             sums: what `terms` came to, for the whole tensor.
         """
         return weighted_sum(entries.values, weights)
+
+    def compiled(
+        self, models: Sequence[str], weights: Mapping[str, float], place: Place, thresholds: Thresholds
+    ) -> CompiledMerge | None:
+        """A loop over full models in bfloat16 that gives the bits of `combine`; None of a method that has none."""
+        return None
 
     # -- a tensor that is in memory ------------------------------------------------------------------------------
 

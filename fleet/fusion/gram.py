@@ -58,7 +58,7 @@ class GramFusion(FusionMethod):
 
         from fleet.algebra.products import product
 
-        chunks = zip(*(value.detach().split(_CHUNK) for value in entries.values.values()), strict=True)
+        chunks = zip(*(torch.split(value.detach(), _CHUNK) for value in entries.values.values()), strict=True)
         stacks = (torch.stack(chunk).double() for chunk in chunks)
         return torch.stack([product(stack, stack.T) for stack in stacks]).sum(dim=0)
 
@@ -94,7 +94,7 @@ class GramFusion(FusionMethod):
         whole = torch.zeros(len(names), len(names), dtype=torch.float64)
         whole[at[:, None], at] = gram.cpu()
         shares = torch.tensor([*weights.values()], dtype=torch.float64)
-        return dict(zip(names, self.mix(whole, shares).tolist(), strict=True))
+        return dict(zip(names, map(float, self.mix(whole, shares)), strict=True))
 
 
 def lengths(gram: torch.Tensor) -> torch.Tensor:

@@ -50,19 +50,20 @@ def _shared_basis(deltas_M: Sequence[Delta], tolerance: float) -> torch.Tensor:
     """U, on the support: (d_out, R)."""
     import torch
 
+    from fleet.algebra import linalg
     from fleet.algebra.delta import LowRank
     from fleet.algebra.products import product
 
     factors_M = [delta for delta in deltas_M if isinstance(delta, LowRank)]
     if not factors_M:
-        left, values, _ = torch.linalg.svd(torch.cat([d.dense() for d in deltas_M], dim=1), full_matrices=False)
+        left, values, _ = linalg.svd(torch.cat([d.dense() for d in deltas_M], dim=1))
         return left[:, : count_above(values, tolerance)]
-    outer, inner = torch.linalg.qr(torch.cat([f.b.double() for f in factors_M], dim=1))
-    inner_M = inner.split([f.rank for f in factors_M], dim=1)
+    outer, inner = linalg.qr(torch.cat([f.b.double() for f in factors_M], dim=1))
+    inner_M = torch.split(inner, [f.rank for f in factors_M], dim=1)
     small = torch.cat(
-        [product(r, torch.linalg.qr(f.a.double().T).R.T) for r, f in zip(inner_M, factors_M, strict=True)], dim=1
+        [product(r, linalg.qr(f.a.double().T).r.T) for r, f in zip(inner_M, factors_M, strict=True)], dim=1
     )
-    left, values, _ = torch.linalg.svd(small, full_matrices=False)
+    left, values, _ = linalg.svd(small)
     return product(outer, left[:, : count_above(values, tolerance)])
 
 

@@ -76,15 +76,14 @@ class MatrixFusion(FusionMethod):
 
 def support(delta: Delta, tolerance: float) -> Triplets:
     """The singular triplets whose values aren't rounding; a LoRA's in float64."""
-    import torch
-
+    from fleet.algebra import linalg
     from fleet.algebra.delta import LowRank
     from fleet.algebra.spectral import Triplets, low_rank_triplets
 
     if isinstance(delta, LowRank):
         triplets = low_rank_triplets(delta)
     else:
-        left, values, right = torch.linalg.svd(delta.value, full_matrices=False)
+        left, values, right = linalg.svd(delta.value)
         triplets = Triplets(left, values, right.T)
     return triplets.head(count_above(triplets.values, tolerance))
 

@@ -153,9 +153,9 @@ def least_eigenvalue(unit: torch.Tensor, roundoff: float) -> torch.Tensor:
         unit: Gram matrices with a unit diagonal, (…, n, n) float64.
         roundoff: u, of the dtype they were stored in.
     """
-    import torch
+    from fleet.algebra import linalg
 
-    norm = torch.linalg.matrix_norm(unit)
+    norm = linalg.matrix_norms(unit)
     stored = 2.0 * roundoff / unit.shape[-1] ** 0.5
     return norm * (stored + min(roundoff, _SUM_ROUNDING) + _OWN_ROUNDING)
 
@@ -176,6 +176,8 @@ def _solved(
     """
     import torch
 
+    from fleet.algebra import linalg
+
     silent = diagonal(gram) == 0.0
     scale = torch.where(silent, 1.0, diagonal(gram)).rsqrt()
     unit = gram * scale[..., :, None] * scale[..., None, :]
@@ -183,11 +185,11 @@ def _solved(
     least = least_eigenvalue(unit, roundoff)
     lowered = unit.clone()
     diagonal(lowered).sub_(least[..., None])
-    if bool(torch.linalg.cholesky_ex(lowered).info.any()):
+    factor = linalg.cholesky(unit)
+    if factor is None or linalg.cholesky(lowered) is None:
         raise CheckpointError(
             f"regmean: {place.tensor}: the sum of the models' Gram matrices has no inverse; set fuse.off_diagonal to "
             "0.9, or store Gram matrices of more tokens, in float32"
         )
-    factor = torch.linalg.cholesky(unit)
     found = torch.cholesky_solve((pulled * scale[..., None, :]).mT, factor).mT * scale[..., None, :]
     return torch.where(silent[..., None, :], mean, found)

@@ -63,7 +63,7 @@ class Sce(FusionMethod):
         from fleet.algebra.sparsify import sum_of
 
         assert sums is not None
-        shares_M = (sums / sums.sum().clamp(min=torch.finfo(sums.dtype).tiny)).tolist()
+        shares_M = [float(share) for share in sums / sums.sum().clamp(min=torch.finfo(sums.dtype).tiny)]
         weights_M = [weights[name] for name in entries.values]
         values_M = [v * w for v, w in zip(self._selected(entries, thresholds), weights_M, strict=True)]
         sign = torch.sign(sum_of([value.detach() for value in values_M]))

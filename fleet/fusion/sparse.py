@@ -7,12 +7,12 @@ of a task vector stays may be given once for all models, or by model: one that i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from fleet.core.errors import ManifestError
-from fleet.fusion.base import Entries, FusionMethod, Thresholds
+from fleet.fusion.base import CompiledMerge, Entries, FusionMethod, Thresholds
 from fleet.fusion.place import Gradient, Place, Rule, Schedule, at
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class SparseFusion(FusionMethod):
             ManifestError: a parameter is given for a model that is not among them.
         """
         for name, given in self:
-            if isinstance(given, Mapping) and (unknown := sorted(set(given) - set(models))):
+            named = cast("Mapping[str, object]", given) if isinstance(given, Mapping) else {}
+            if unknown := sorted(set(named) - set(models)):
                 raise ManifestError(
                     f"fuse.{name} names {', '.join(unknown)}, not among the variant's models: {', '.join(models)}"
                 )
@@ -95,6 +96,21 @@ class SparseFusion(FusionMethod):
     def cuts(self, models: Sequence[str], place: Place, thresholds: Thresholds) -> Sequence[Trim | Drop] | None:
         """What is left out of each model's task vector; None of a method that says it in `sparse` instead."""
         return None
+
+    def compiled(
+        self, models: Sequence[str], weights: Mapping[str, float], place: Place, thresholds: Thresholds
+    ) -> CompiledMerge | None:
+        from fleet.algebra.sparsify import merge_bfloat16
+
+        cuts_M = self.cuts(models, place, thresholds)
+        if cuts_M is None:
+            return None
+        weights_M = [weights[name] for name in models]
+
+        def merge(rows: torch.Tensor, start: int) -> None:
+            merge_bfloat16(rows, cuts_M, weights_M, self.consensus, self.scale, start)
+
+        return merge
 
     def sparse(self, entries: Entries, thresholds: Thresholds) -> list[torch.Tensor]:
         """The models' task vectors with what is left out set to zero, in order. Differentiable in what stays."""

@@ -23,7 +23,7 @@ import torch
 from fleet.algebra.delta import Delta, LowRank
 from fleet.algebra.products import product
 from fleet.algebra.ranks import RankSearch, WindowCounts
-from fleet.algebra.sparsify import WHOLE, Drop, Trim, merge_bfloat16, thresholds_of
+from fleet.algebra.sparsify import WHOLE, thresholds_of
 from fleet.checkpoint.curvature import Curvature
 from fleet.checkpoint.curvature_tensors import CurvatureOf, read_fisher_rows
 from fleet.checkpoint.full_model import FullModel
@@ -35,7 +35,6 @@ from fleet.checkpoint.views import is_local
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.base import Entries, FusionMethod, Thresholds, weighted_sum
 from fleet.fusion.place import Place, places
-from fleet.fusion.sparse import SparseFusion
 
 RUN_ENTRIES = 1 << 16
 """Entries of a run: with float32 copies of a few models, what a core's own cache holds."""
@@ -256,11 +255,12 @@ class _Tensor:
         self, method: AnyFusionMethod, weights: Mapping[str, float], thresholds: Thresholds
     ) -> Iterator[torch.Tensor]:
         """The aligned model and the fused task vector."""
-        if isinstance(method, SparseFusion) and self.is_bfloat16:
-            cuts_M = method.cuts([*self.parts], self._place, thresholds)
-            if cuts_M is not None:
-                yield from self._merged_bfloat16(method, cuts_M, [weights[name] for name in self.parts])
-                return
+        merge = method.compiled([*self.parts], weights, self._place, thresholds) if self.is_bfloat16 else None
+        if merge is not None:
+            for at, rows in self._bfloat16_rows([self._base, *self.stored.values()]):
+                merge(rows, at)
+                yield rows[-1]
+            return
         sums = self.sums(method, thresholds)
         for base, entries in self.entries():
             yield method.combine(entries, weights, thresholds, sums).view_as(base).add_(base)
@@ -370,14 +370,6 @@ class _Tensor:
         for _, rows in self._bfloat16_rows(models_M):
             bits = rows.view(torch.uint16).numpy()
             linear(bits[:-1], coefficients, bits[-1])
-            yield rows[-1]
-
-    def _merged_bfloat16(
-        self, method: SparseFusion, cuts_M: Sequence[Trim | Drop], weights_M: Sequence[float]
-    ) -> Iterator[torch.Tensor]:
-        """The aligned model and what the method makes of the others, all bfloat16 files: compiled."""
-        for at, rows in self._bfloat16_rows([self._base, *self.stored.values()]):
-            merge_bfloat16(rows, cuts_M, weights_M, method.consensus, method.scale, at)
             yield rows[-1]
 
     def _bfloat16_rows(self, models_M: Sequence[_Stored]) -> Iterator[tuple[int, torch.Tensor]]:

@@ -47,10 +47,9 @@ class Tsv(MatrixFusion):
 
 def _nearest_orthonormal(columns: torch.Tensor, tolerance: float) -> torch.Tensor:
     """PQᵀ of PDQᵀ, on the support of D: the shape of `columns`."""
-    import torch
-
+    from fleet.algebra import linalg
     from fleet.algebra.products import product
 
-    left, values, right = torch.linalg.svd(columns, full_matrices=False)
+    left, values, right = linalg.svd(columns)
     rank = count_above(values, tolerance)
     return product(left[:, :rank], right[:rank])

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, Dense, LowRank, zero
 from fleet.algebra.factors import Factors
 from fleet.algebra.random_edits import named_generator
@@ -224,7 +225,7 @@ class _Module:
             open_full(self.work.unit.unaligned), self.view.tensor
         )
         v = v if self.view.index is None else v[self.view.index]
-        norm = float(torch.linalg.vector_norm(v, dtype=torch.float64))
+        norm = linalg.norm(v)
         return Dense(v @ (v.T @ self.delta.value) / norm)
 
     @property

@@ -21,6 +21,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 
+from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.products import dot, row_ranges
 from fleet.algebra.random_edits import named_generator
@@ -80,7 +81,7 @@ class SurveyUnit:
     """Key of the step of V's own part."""
     displacement: str | Output
     """V's own part: where it is, or where this unit leaves it."""
-    projections: dict[str, Output] = field(default_factory=dict)
+    projections: dict[str, Output] = field(default_factory=dict[str, Output])
     """Model's key -> where the B factors of its VVᵀΔW/‖V‖ go; empty unless a method asks for them."""
 
     pool: ClassVar[PoolName] = "tensor"
@@ -198,10 +199,7 @@ class _OwnPart:
         """
         if self._stored is not None:
             return self._stored.of(module, self._unit.rho)
-        if whole_norm is not None:
-            norm = whole_norm()
-        else:
-            norm = float(torch.linalg.vector_norm(v.dense(), dtype=torch.float64))
+        norm = linalg.norm(v.dense()) if whole_norm is None else whole_norm()
         probes = basis = None
         if norm >= UNDEFINED_NORM:
             probes = probe_triples(v, norm, named_generator(0, f"{module}.probes"))
@@ -396,7 +394,7 @@ def _float32(memory: Memory, rows: int, columns: int) -> torch.Tensor:
 def _subtract(a: torch.Tensor, u: torch.Tensor, out: torch.Tensor) -> float:
     """out = a − u in float32, and Σ out²; NaN or Inf where a value is."""
     squares = 0.0
-    parts = (x.view(-1).split(CACHED_NUMBERS) for x in (a, u, out))
+    parts = (torch.split(x.view(-1), CACHED_NUMBERS) for x in (a, u, out))
     for a_part, u_part, part in zip(*parts, strict=True):
         squares += _squares(part.copy_(a_part).sub_(u_part))
     return squares

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
 
+import fleet.algebra.sparsify
 import fleet.fusion.streaming
 import fleet.store.file_writer
 import fleet.store.local
@@ -599,7 +600,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         merge_bfloat16(rows, *arguments)
 
     monkeypatch.setattr(fleet.fusion.streaming, "is_local", lambda folder: isinstance(folder, MemoryFolder))
-    monkeypatch.setattr(fleet.fusion.streaming, "merge_bfloat16", counted)
+    monkeypatch.setattr(fleet.algebra.sparsify, "merge_bfloat16", counted)
     return seen
 
 

@@ -1,0 +1,70 @@
+"""torch's decompositions, with the types that torch.linalg lacks, of operands that lie as products' do.
+
+What LAPACK makes of a matrix follows its address, like a product; see `fleet.algebra.products`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fleet.algebra.products import aligned
+
+_linalg: Any = torch.linalg
+
+
+class Svd(NamedTuple):
+    """X = left · diag(values) · right of a matrix (m, n), k = min(m, n)."""
+
+    left: torch.Tensor
+    """(m, k), orthonormal columns."""
+    values: torch.Tensor
+    """(k,), falling."""
+    right: torch.Tensor
+    """(k, n), orthonormal rows."""
+
+
+class Qr(NamedTuple):
+    """X = q · r of a matrix (m, n), k = min(m, n)."""
+
+    q: torch.Tensor
+    """(m, k), orthonormal columns."""
+    r: torch.Tensor
+    """(k, n), upper triangular."""
+
+
+def svd(matrix: torch.Tensor) -> Svd:
+    """The thin singular value decomposition, of the matrix' dtype."""
+    return Svd(*_linalg.svd(aligned(matrix), full_matrices=False))
+
+
+def qr(matrix: torch.Tensor) -> Qr:
+    """The thin QR decomposition, of the matrix' dtype."""
+    return Qr(*_linalg.qr(aligned(matrix)))
+
+
+def eigenvalues(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a symmetric matrix (n, n): (n,), rising."""
+    return _linalg.eigvalsh(aligned(matrix))
+
+
+def least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The x of least norm that minimises ‖matrix · x − target‖, (n, k), by singular values."""
+    return _linalg.lstsq(aligned(matrix), aligned(target), driver="gelsd").solution
+
+
+def norm(tensor: torch.Tensor) -> float:
+    """√Σ x² over all entries, added up in float64."""
+    return float(_linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def matrix_norms(matrices: torch.Tensor) -> torch.Tensor:
+    """Frobenius norms of matrices (…, m, n): (…), of their dtype."""
+    return _linalg.matrix_norm(matrices)
+
+
+def cholesky(matrices: torch.Tensor) -> torch.Tensor | None:
+    """The lower factors of symmetric matrices (…, n, n); None if one isn't positive definite."""
+    factor, failed = _linalg.cholesky_ex(aligned(matrices))
+    return None if bool(failed.any()) else factor
