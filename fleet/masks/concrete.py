@@ -4,11 +4,12 @@ Source: Yi et al., SOMF, arXiv 2405.09055, on Tang et al., Concrete subspace lea
 
     m = σ((x + log u − log(1 − u)) / λ),        δ' = (m ⊙ δ) / mean(m),
 
-where 1 keeps an entry of the task vector and 0 reverts it to the aligned model. The division keeps the task vector's
-mean size, so it says where to spend, not how much: uniform logits of any value leave the expected model as it was.
+where 1 keeps an entry of the task vector and 0 reverts it to the aligned model. The division makes up for the mask's
+mean, so a mask says where the task vector is kept, not how much of it: if all logits are equal, whatever their value,
+the expected mask leaves the fine-tuned model as it was.
 
-The mean has a floor of 1 over the number of entries, what a mask that keeps one of them has; so a mask that keeps
-nothing gives zero and not 0/0. A soft mask that keeps less than one entry in all is scaled down with it.
+The mean is never taken below 1 / (number of entries), the mean of a mask that keeps one entry. So a mask that keeps
+nothing gives zero and not 0/0, and a soft mask whose values add up to less than 1 gives less than a full entry.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fleet.algebra.noise import NoiseKey, uniform
 Hardening: TypeAlias = Literal["threshold", "expected", "sample"]
 
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 24
-"""Entries worked on at once: on a CPU some megabytes of temporaries, which stay in a core's cache."""
+"""Entries worked on at once: on a CPU few enough that their temporaries stay in a core's cache."""
 
 
 def relaxed(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -32,10 +33,13 @@ def relaxed(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> to
 
 
 def hardened(logits: torch.Tensor, rule: Hardening, key: NoiseKey) -> torch.Tensor:
-    """The values a learned mask is applied with, float32, before they are rescaled.
+    """The values a learned mask is applied with, before they are rescaled: float32, of the logits' shape.
 
     `threshold` keeps where σ(x) ≥ ½, `expected` takes σ(x) itself, `sample` draws one Bernoulli(σ(x)) per logit, which
-    is what the published code calls binary.
+    the published code calls binary.
+
+    Args:
+        key: of the noise that `sample` draws with; the others ignore it.
     """
     if rule == "expected":
         return torch.sigmoid(logits)
@@ -51,18 +55,23 @@ def floored(mean: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def multipliers(values: torch.Tensor) -> torch.Tensor:
-    """m / mean(m): what a task vector is multiplied with; all zero for an empty mask."""
+    """m / mean(m): what a task vector is multiplied with; all zero for a mask that keeps nothing."""
     return values / floored(values.mean(), values.numel())
 
 
 def draw_(
     out: torch.Tensor, logits: torch.Tensor, start: int, key: NoiseKey | None, temperature: float
 ) -> torch.Tensor:
-    """Fill `out` with mask values, chunk by chunk: a draw, or σ(x) without a key. Returns their sum, float64.
+    """Fill `out` with mask values, chunk by chunk: a draw of the mask, or σ(x) without a key.
 
     Args:
         out: (n,), float32.
-        logits: (n,), float32: entries [start, start + n) of the tensor's own.
+        logits: (n,), float32: entries [start, start + n) of a tensor's logits, flattened.
+        key: of the tensor's noise, which is the same however the tensor is cut.
+        temperature: λ.
+
+    Returns:
+        The values' sum, a float64 scalar.
     """
     total = torch.zeros((), dtype=torch.float64, device=out.device)
     for chunk in _chunks(out):
@@ -79,14 +88,14 @@ def draw_(
 def masked_weight_(
     out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, values: torch.Tensor, scale: float
 ) -> None:
-    """out = base + scale · values ⊙ delta, added in float32 and cast once; all (n,)."""
+    """out = base + scale · values ⊙ delta, summed in float32 and rounded once, to the dtype of `out`; all (n,)."""
     for chunk in _chunks(out):
         product = values[chunk] * delta[chunk]
         out[chunk] = product.mul_(scale).add_(base[chunk])
 
 
 def weighted_sum(gradient: torch.Tensor, delta: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Σ_j G_j δ_j m_j, in float64 over chunks; all (n,)."""
+    """Σ_j G_j δ_j m_j, a float64 scalar; all (n,)."""
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in _chunks(values):
         total += (values[chunk] * delta[chunk]).mul_(gradient[chunk]).sum(dtype=torch.float64)
@@ -98,8 +107,8 @@ def logit_gradient_(
 ) -> None:
     """Turn mask values into ∂L/∂x in place, given G = ∂L/∂θ; all (n,).
 
-    With s = 1/mean(m) and θ = W + s m ⊙ δ: ∂L/∂x_j = (s/λ) m_j (1 − m_j) (G_j δ_j − c), where c is what the rescaling
-    takes away, Σ G δ m / Σ m; it is 0 where the floor holds the mean.
+    With s = 1/mean(m) and θ = W + s m ⊙ δ: ∂L/∂x_j = (s/λ) m_j (1 − m_j) (G_j δ_j − c). The term c = Σ G δ m / Σ m is
+    the rescaling's own derivative: 0 where the mean is at its floor, because s is constant there.
 
     Args:
         centre: c.

@@ -3,12 +3,13 @@
     mask.safetensors   logits, float32, named {owner}/{base tensor}/{part}; the owner is `*` where all models share them
     mask.json          the mask's granularity, and with which temperature and seed it was learned
 
-Logits are for weights as the checkpoint holds them, which for a Conv1D is (d_in, d_out).
+Logits have the axes of the weights as the checkpoint holds them: (d_in, d_out) for a Conv1D.
 """
 
 from __future__ import annotations
 
 import json
+from typing import cast
 
 from fleet.core.errors import CheckpointError
 from fleet.store import Folder
@@ -30,10 +31,10 @@ def read_granularity(folder: Folder) -> str:
             f"{folder.uri}: no learned mask, {', '.join(missing)} is missing; give the attempt folder of a mask step"
         )
     try:
-        config = json.loads(folder.read(MASK_JSON))
+        config: object = json.loads(folder.read(MASK_JSON))
     except ValueError as e:
         raise CheckpointError(f"{folder.uri}/{MASK_JSON}: not JSON ({e}); copy the mask again") from e
-    granularity = config.get("mask") if isinstance(config, dict) else None
+    granularity = cast("dict[str, object]", config).get("mask") if isinstance(config, dict) else None
     if not isinstance(granularity, str):
         raise CheckpointError(f"{folder.uri}/{MASK_JSON}: doesn't say which mask it is; copy the mask again")
     return granularity

@@ -7,17 +7,17 @@
 | `rank` | singular component of a LoRA's ΔW: U diag(m σ) Rᵀ | yes |
 | `factor` | entry of A and of B, the published one | yes |
 
-(B, A) and (BG, G⁻¹A) are the same ΔW, but other factors; so a rank mask is defined on the singular components, which
-QR and SVD give whatever the factors were, and a factor mask means something only if all adapters started from one pair
-of factors: then it reverts to those (`methods.md` §1.3, §8.6).
+One ΔW has many pairs of factors: (B, A) and (BG, G⁻¹A) have the same product. A rank mask doesn't depend on which pair
+the adapter holds, because it is defined on the singular components of ΔW. A factor mask does; so it means something
+only for adapters that all started from one pair of factors, and those are what it reverts to.
 
-A mask's tensors, its *parts*, are each rescaled by their own mean.
+A mask has one or two tensors of logits, its *parts*. Each is rescaled by its own mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 
@@ -32,30 +32,34 @@ class Part(NamedTuple):
 
     shape: tuple[int, ...]
     by_row: bool
-    """Whether its first axis is the rows of ΔW, so that it is cut where they are."""
+    """Whether its first axis is that of ΔW: then workers that share out the rows of ΔW share it out with them."""
 
 
 class Mask(Protocol):
-    """One of the four, as functions of a tensor's task vector; `delta` may be some of its rows."""
+    """One of the four masks, as functions of one tensor's task vector, ΔW.
+
+    `delta` is ΔW whole, or where it says so some of its rows.
+    """
 
     def parts(self, delta: Delta) -> dict[str, Part]:
-        """The parts that a whole ΔW is masked with."""
+        """The parts that mask a whole ΔW, by name."""
         ...
 
     def prepared(self, delta: Delta) -> Delta:
-        """The form of a whole ΔW that the mask is defined on; the same ΔW."""
+        """The same ΔW, whole, in the form that the mask is defined on."""
         ...
 
     def sizes(self, delta: Delta) -> dict[str, torch.Tensor]:
-        """Part -> how large what each logit stands for is, of the part's shape: what a magnitude mask goes by."""
+        """Part -> the size of what each logit stands for, in the part's shape: the order of a magnitude mask."""
         ...
 
     def masked(self, delta: Delta, multipliers: Mapping[str, torch.Tensor], origin: Delta | None) -> Delta:
-        """ΔW with its parts multiplied, differentiable in the multipliers.
+        """The masked ΔW, differentiable in the multipliers.
 
         Args:
-            multipliers: part -> m / mean(m), of the rows that `delta` holds.
-            origin: what a factor mask reverts to.
+            delta: as `prepared` gives it; all its rows, or some.
+            multipliers: part -> m / mean(m), for the rows that `delta` holds.
+            origin: what a factor mask reverts to, in the same rows; None for zero.
         """
         ...
 
@@ -76,7 +80,7 @@ class _DenseMask:
 
 class _RowAndColumnMask:
     def parts(self, delta: Delta) -> dict[str, Part]:
-        """Of a vector, rows alone; of a stack of experts, the rows and columns of each."""
+        """A vector has rows alone; a stack of experts has rows and columns for each expert."""
         shape = tuple(delta.shape)
         if len(shape) == 1:
             return {"rows": Part(shape, True)}
@@ -89,7 +93,7 @@ class _RowAndColumnMask:
         value = delta.dense()
         if value.ndim == 1:
             return {"rows": value.abs()}
-        return {"rows": value.norm(dim=-1), "columns": value.norm(dim=-2)}
+        return {"rows": _norms(value, -1), "columns": _norms(value, -2)}
 
     def masked(self, delta: Delta, multipliers: Mapping[str, torch.Tensor], origin: Delta | None) -> Delta:
         rows = multipliers["rows"]
@@ -105,14 +109,14 @@ class _RankMask:
         return {"components": Part((_low_rank(delta).rank,), False)}
 
     def prepared(self, delta: Delta) -> Delta:
-        """ΔW = (U σ)(Rᵀ): components in order of size, which no change of gauge moves."""
+        """ΔW = (U σ)(Rᵀ), components in order of size: the same for every pair of factors of ΔW."""
         low_rank = _low_rank(delta)
         triplets = low_rank_triplets(low_rank)
         b, a = triplets.left * triplets.values, triplets.right.T
         return LowRank(b.to(low_rank.b.dtype).contiguous(), a.to(low_rank.a.dtype).contiguous())
 
     def sizes(self, delta: Delta) -> dict[str, torch.Tensor]:
-        return {"components": _low_rank(delta).b.norm(dim=0)}
+        return {"components": _norms(_low_rank(delta).b, 0)}
 
     def masked(self, delta: Delta, multipliers: Mapping[str, torch.Tensor], origin: Delta | None) -> Delta:
         low_rank = _low_rank(delta)
@@ -145,6 +149,11 @@ MASKS: dict[Granularity, Mask] = {
     "rows_and_columns": _RowAndColumnMask(),
     "factor": _FactorMask(),
 }
+
+
+def _norms(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """Euclidean norms along one dimension."""
+    return cast("torch.Tensor", value.norm(dim=dim))  # pyright: ignore[reportUnknownMemberType] - torch has no types for it
 
 
 def _low_rank(delta: Delta) -> LowRank:

@@ -31,12 +31,14 @@ class LearnedMask:
         """δ' = m ⊙ δ / mean(m) of one whole tensor; δ itself where the mask has no logits for it.
 
         Args:
-            model: whose task vector it is.
-            delta: of the whole tensor, as the checkpoint holds it.
-            origin: what a factor mask reverts to.
+            method: how the mask is applied: its hardening, arrangement and seed.
+            model: the name of the model whose task vector it is; its own logits go before shared ones.
+            tensor: the tensor's name in the aligned model.
+            delta: δ, with the axes that the checkpoint holds.
+            origin: what a factor mask reverts to; None for zero.
 
         Raises:
-            CheckpointError: the logits are of another shape than the task vector.
+            CheckpointError: a part of the logits is missing, or has another shape than the task vector.
         """
         owner = next((o for o in (model, SHARED) if any(n.startswith(f"{o}/{tensor}/") for n in self.logits)), None)
         if owner is None:
@@ -65,9 +67,10 @@ class LearnedMask:
 
 @lru_cache(maxsize=16)
 def open_mask(uri: str) -> LearnedMask:
-    """
+    """The learned mask in a folder; a process keeps the last few it opened.
+
     Raises:
-        CheckpointError: the folder holds no learned mask.
+        CheckpointError: the folder holds no learned mask, or one of an unknown granularity.
     """
     folder = open_folder(uri)
     granularity = read_granularity(folder)

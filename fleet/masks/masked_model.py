@@ -1,24 +1,27 @@
-"""A model whose weights are θ = W + F({m ⊙ δ_t / mean(m)}), and whose gradient ends in the mask's logits.
+"""A model whose weights are θ = W + F({m ⊙ δ_t / mean(m)}), and whose gradients are those of the mask's logits.
+
+W is the aligned model, δ_t the task vectors, m the mask and F the fusion, if the models are masked as they are fused.
 
 The network is the plain transformers model, of any architecture, whole or sharded by FSDP2. Before each update its
-weights are written anew from W, δ and a draw of the mask; while the backward pass runs, each weight's gradient is
-turned into that of its logits, applied by Adam, and let go. So beside the weights there are W in place of their
-gradients, one δ, the logits and Adam's two moments, and nothing else of the model's size; and a step costs a plain
-one and some elementwise work, done in chunks that stay in cache.
+weights are written anew from W, δ and a draw of the mask. While the backward pass runs, each weight's gradient is
+turned into its logits' gradient, which Adam applies at once, and is freed. So the memory of a model's size is: θ, W
+(as much as the weights' gradients would take), one δ, the logits, and Adam's two moments. A step costs what plain
+training's does and some elementwise work, done in chunks that stay in cache.
 
-A worker holds the rows of each tensor that FSDP2 gives it: of θ, W, δ and of the logits that go by row. What a row
-needs of the others is a sum: of mask values, for their mean. Noise is a hash of an entry's index, so how tensors are
-cut changes no draw.
+A worker holds the rows of each tensor that FSDP2 gives it: of θ, W, δ, and of the logits that have the same rows. All
+that it needs of the other workers' rows is the sum of their mask values, for the mean. Noise is a hash of an entry's
+index, so a draw is the same however tensors are cut.
 
-Where F is linear and one mask serves all models, Σ λ_t δ_t is folded once, so a fleet costs what one model does.
+Where F is linear and one mask serves all models, Σ λ_t δ_t is added up once, before training, and masked as if it were
+one model's task vector: then a fleet costs what one model does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -53,21 +56,23 @@ class MaskedMember:
 
 @dataclass(frozen=True)
 class Group:
-    """The workers that hold one model together."""
+    """The workers that hold one model together, seen from one of them."""
 
     rank: int
+    """This worker's number, from 0."""
     size: int
     mesh: DeviceMesh | None
+    """None for one worker alone: nothing is sharded."""
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all workers."""
         if self.mesh is not None:
             value = value.clone()
-            dist.all_reduce(value)
+            dist.all_reduce(value)  # pyright: ignore[reportUnknownMemberType] - torch leaves its group untyped
         return value
 
     def rows(self, count: int) -> slice:
-        """This worker's rows of a tensor that has `count`, as FSDP2 cuts it: even pieces, rounded up."""
+        """This worker's rows of a tensor with `count` rows, cut as FSDP2 does: even pieces, rounded up."""
         size = math.ceil(count / self.size)
         return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
 
@@ -80,11 +85,13 @@ class Logits:
     """One part of one tensor's mask: this worker's rows of it, with Adam's moments."""
 
     name: str
+    """{owner}/{tensor}/{part}, as in the mask's file."""
     value: torch.Tensor
-    """float32, of this worker's shape."""
+    """The logits, float32: this worker's rows."""
     part: Part
+    """The whole part's shape."""
     start: int
-    """Index of its first entry in the whole part."""
+    """Index of this worker's first entry in the whole part, flattened."""
     group: Group
     optimizer: torch.optim.Adam = field(init=False)
 
@@ -94,26 +101,28 @@ class Logits:
 
     @property
     def count(self) -> int:
+        """Logits of the whole part."""
         return math.prod(self.part.shape)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """A sum over all of the part's entries from that over this worker's."""
+        """The sum over the whole part, given the sum over this worker's rows of it."""
         return self.group.total(value) if self.part.by_row else value
 
     def key(self, seed: int, step: int | None) -> NoiseKey | None:
+        """Of the noise of one step's draw; None for the expected mask."""
         return None if step is None else noise_key(seed, step, self.name)
 
     def update(self, learning_rate: float, sparsity: float) -> None:
-        """One step of Adam on the gradient that has come together; with it goes that of sparsity · Σ σ(x)."""
+        """One step of Adam with the accumulated gradient, to which that of sparsity · Σ σ(x) is added."""
         if sparsity and self.value.grad is not None:
             keep = torch.sigmoid(self.value.detach())
             self.value.grad += sparsity * keep * (1.0 - keep)
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
+        self.optimizer.step()  # pyright: ignore[reportUnknownMemberType] - torch leaves its closure untyped
         self.value.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What training continues from, by name: logits and Adam's moments, whole, on every worker."""
+        """What training continues from: the part's logits and Adam's moments by name, whole, on every worker."""
         moments = self.optimizer.state.get(self.value, {})
         zero = torch.zeros_like(self.value)
         local = {"": self.value.detach(), **{m: moments.get(m, zero) for m in ("exp_avg", "exp_avg_sq")}}
@@ -124,7 +133,12 @@ class Logits:
         return self._gathered(self.value.detach())
 
     def restore(self, read: Callable[[str, slice], torch.Tensor], step: int) -> None:
-        """Take up this worker's rows of a saved state."""
+        """Go on from a saved state.
+
+        Args:
+            read: some rows of a tensor of the state, by the names of `state`.
+            step: updates that were made before it was saved.
+        """
         rows = self.group.rows(self.part.shape[0]) if self.part.by_row else slice(0, self.part.shape[0])
         with torch.no_grad():
             self.value.copy_(read(self.name, rows))
@@ -141,7 +155,7 @@ class Logits:
 
 
 class MaskedModel:
-    """A transformers model under a mask.
+    """A transformers model whose task vectors are masked.
 
     Args:
         network: built by `fleet.masks.network`, on the group's mesh if it has one.
@@ -153,12 +167,13 @@ class MaskedModel:
         group: this worker's place among those that hold the network.
 
     Raises:
-        CheckpointError: a task vector is in a tensor that the network has no parameter for.
+        CheckpointError: a model changed a tensor that the network has no parameter for, the models changed nothing at
+            all, or their factors have unequal ranks and share a mask.
     """
 
     def __init__(
         self,
-        network: Any,
+        network: torch.nn.Module,
         aligned: FullModel,
         members: Sequence[MaskedMember],
         fusion: AnyFusionMethod | None,
@@ -186,12 +201,13 @@ class MaskedModel:
             )
         built = (self._tensor(name) for name in touched)
         self.tensors: list[_MaskedTensor] = [tensor for tensor in built if tensor is not None]
-        sizes = [t.theta.numel() for t in self.tensors if isinstance(t, _FoldedTensor)]
-        scratch = torch.empty(max(sizes, default=0), device=self.device)
-        for tensor in self.tensors:
+        folded = [tensor for tensor in self.tensors if isinstance(tensor, _FoldedTensor)]
+        scratch = torch.empty(max((t.weight.theta.numel() for t in folded), default=0), device=self.device)
+        for tensor in folded:
             tensor.scratch = scratch
-            tensor.parameter.requires_grad_(True)
-            tensor.parameter.register_post_accumulate_grad_hook(self._hook(tensor))
+        for tensor in self.tensors:
+            parameter = tensor.weight.parameter.requires_grad_(True)
+            parameter.register_post_accumulate_grad_hook(self._hook(tensor))  # pyright: ignore[reportUnknownMemberType] - torch leaves the hook untyped
         if not self.tensors:
             names = ", ".join(m.name for m in members)
             raise CheckpointError(f"models: {names}: the weights are the aligned model's, so there is nothing to mask")
@@ -206,35 +222,40 @@ class MaskedModel:
         return (logits for tensor in self.tensors for logits in tensor.logits)
 
     def draw(self, step: int | None) -> float:
-        """Write θ for one draw of the mask, or for the expected mask, σ(x), without a step; returns the share kept."""
+        """Write θ for one step's draw of the mask, or without a step for the expected mask, σ(x).
+
+        Returns:
+            The share kept: the mean mask value over all entries of the tensors that are masked.
+        """
         kept = torch.zeros((), dtype=torch.float64, device=self.device)
         for tensor in self.tensors:
             kept += tensor.write(step)
-        return float(self.group.total(kept)) / sum(math.prod(t.shape) for t in self.tensors)
+        return float(self.group.total(kept)) / sum(math.prod(t.weight.shape) for t in self.tensors)
 
     def write_member(self, member: MaskedMember) -> None:
-        """Write θ = W + δ_t: a fine-tuned model as it came."""
+        """Write θ = W + δ_t: one fine-tuned model, unmasked."""
         for tensor in self.tensors:
-            delta = self._local_delta(member.model, tensor.name)
+            weight = tensor.weight
+            found = self._task_vector(member.model, weight.name)
             with torch.no_grad():
-                tensor.theta.copy_(tensor.base if delta is None else tensor.base.float() + delta.dense())
+                weight.theta.copy_(weight.base if found is None else weight.base.float() + found.rows.dense())
 
     def write_aligned(self) -> None:
         """Write θ = W."""
         with torch.no_grad():
             for tensor in self.tensors:
-                tensor.theta.copy_(tensor.base)
+                tensor.weight.theta.copy_(tensor.weight.base)
 
     def backward(self, loss: torch.Tensor, learning_rate: float | None) -> None:
-        """Add the loss's gradient to that of the logits; with a learning rate also apply it, and start anew.
+        """Add the loss's gradient to the logits' own; with a learning rate also let Adam apply it, and clear it.
 
-        Each tensor is done as soon as its gradient is there, so gradients never lie together. Tied weights are done at
-        the end: FSDP2 brings the gradient of each of their uses apart.
+        Each tensor is updated as soon as its gradient is there, so that no two tensors' gradients are in memory at the
+        same time. Tied weights are updated at the end, because FSDP2 delivers a gradient for each of their uses.
         """
         self._learning_rate = learning_rate
-        loss.backward()
+        torch.autograd.backward(loss)
         for tensor in self.tensors:
-            if tensor.name in self._tied:
+            if tensor.weight.name in self._tied:
                 self._update(tensor)
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -242,7 +263,7 @@ class MaskedModel:
     def _hook(self, tensor: _MaskedTensor) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            at_once = self._learning_rate is not None and tensor.name not in self._tied
+            at_once = self._learning_rate is not None and tensor.weight.name not in self._tied
             tensor.add_gradients(local(parameter.grad), kept=not at_once)
             parameter.grad = None
             if at_once:
@@ -257,51 +278,66 @@ class MaskedModel:
 
     def _tensor(self, name: str) -> _MaskedTensor | None:
         """None where no model's task vector has an entry that isn't zero: there is nothing to mask."""
-        parameter = self._parameters[name]
-        shape = tuple(self._aligned.tensors[name].shape)
-        deltas = {m.name: d for m in self._members if (d := self._whole_or_rows(m.model, name)) is not None}
-        moved = torch.tensor(float(any(bool(d.dense().any()) for d, _ in deltas.values())), device=self.device)
-        if not float(self.group.total(moved)):
+        found = {m.name: v for m in self._members if (v := self._task_vector(m.model, name)) is not None}
+        changed = any(bool(v.rows.dense().any()) for v in found.values())
+        if not float(self.group.total(torch.tensor(float(changed), device=self.device))):
             return None
-        rows = self.group.rows(shape[0])
-        start = rows.start * math.prod(shape[1:])
-        theta = local(parameter)
-        assert tuple(theta.shape) == (rows.stop - rows.start, *shape[1:]), f"{name}: FSDP2 cut it in another way"
-        mask, shared = MASKS[self.method.mask], len(self._members) == 1 or self.method.shared
-        base = theta.clone()
+        weight = self._weight(name)
         place, names = self._places[name], [m.name for m in self._members]
         coefficients = self._fusion.coefficients(names, place) if self._fusion else dict.fromkeys(names, 1.0)
+        folds = self._folds
+        if folds:
+            zero = torch.zeros_like(weight.base).float()
+            folded = sum((v.rows.dense() * coefficients[model] for model, v in found.items()), zero)
+            found = {SHARED: _TaskVector(Dense(folded.to(weight.base.dtype)), _shape_only(weight.shape))}
+        deltas, masks = {model: v.rows for model, v in found.items()}, self._masks(name, found)
+        if folds and self.method.mask == "dense":
+            return _FoldedTensor(weight, self.method, deltas, masks)
+        return _FusedTensor(
+            weight,
+            self.method,
+            deltas,
+            masks,
+            fusion=None if folds else self._fusion,
+            coefficients=coefficients,
+            origin=self._origin_rows(name, weight.rows),
+            piece=Piece(weight.start, self.group.total),
+            place=place,
+        )
+
+    @property
+    def _shared(self) -> bool:
+        """Whether one mask serves all models."""
+        return len(self._members) == 1 or self.method.shared
+
+    @property
+    def _folds(self) -> bool:
+        """Whether the mask of the sum of all task vectors is the sum of the masked ones."""
         linear = self._fusion is None or self._fusion.is_linear
-        if linear and shared and self.method.mask in ("dense", "rows_and_columns"):
-            folded = sum((d.dense() * coefficients[n] for n, (d, _) in deltas.items()), torch.zeros_like(base).float())
-            whole = {SHARED: Dense(torch.empty(shape, device="meta"))}
-            parts: dict[str, Delta] = {SHARED: Dense(folded.to(base.dtype))}
-            fuse = None
-        else:
-            parts = {n: d for n, (d, _) in deltas.items()}
-            whole = {n: like for n, (_, like) in deltas.items()}
-            fuse = self._fusion
-        owners = {n: SHARED if shared else n for n in parts}
-        logits: dict[str, dict[str, Logits]] = {}
+        return linear and self._shared and self.method.mask in ("dense", "rows_and_columns")
+
+    def _weight(self, name: str) -> _Weight:
+        shape = tuple(self._aligned.tensors[name].shape)
+        rows = self.group.rows(shape[0])
+        parameter = self._parameters[name]
+        theta = local(parameter)
+        assert tuple(theta.shape) == (rows.stop - rows.start, *shape[1:]), f"{name}: FSDP2 cut it in another way"
+        return _Weight(name, shape, rows, parameter, theta, base=theta.clone())
+
+    def _masks(self, name: str, found: Mapping[str, _TaskVector]) -> dict[str, dict[str, Logits]]:
+        """Model -> part -> its logits, which are the same objects where models share a mask."""
+        by_owner: dict[str, dict[str, Logits]] = {}
+        owners = {model: SHARED if self._shared else model for model in found}
         for model, owner in owners.items():
-            found = mask.parts(whole[model])
-            if owner in logits and any(logits[owner][p].part != part for p, part in found.items()):
+            parts = MASKS[self.method.mask].parts(found[model].whole)
+            if owner not in by_owner:
+                by_owner[owner] = {p: self._logits(f"{owner}/{name}/{p}", part) for p, part in parts.items()}
+            elif any(by_owner[owner][p].part != part for p, part in parts.items()):
                 raise CheckpointError(
                     f"{name}: the models' task vectors have factors of unequal ranks, so they can't share a "
                     f"{self.method.mask} mask; set shared to false, or use dense"
                 )
-            logits.setdefault(owner, {p: self._logits(f"{owner}/{name}/{p}", part) for p, part in found.items()})
-        common = {
-            "name": name, "shape": shape, "parameter": parameter, "theta": theta, "base": base, "method": self.method,
-            "deltas": parts, "masks": {n: logits[o] for n, o in owners.items()}, "logits": [
-                item for parts_of in logits.values() for item in parts_of.values()
-            ],
-        }  # fmt: skip
-        if self.method.mask == "dense" and fuse is None and len(parts) == 1:
-            return _FoldedTensor(**common)
-        origin = self._origin_rows(name, rows)
-        piece = Piece(start, lambda counts: self.group.total(counts))
-        return _FusedTensor(**common, fusion=fuse, coefficients=coefficients, origin=origin, piece=piece, place=place)
+        return {model: by_owner[owner] for model, owner in owners.items()}
 
     def _logits(self, name: str, part: Part) -> Logits:
         rows = self.group.rows(part.shape[0]) if part.by_row else slice(0, part.shape[0])
@@ -309,24 +345,24 @@ class MaskedModel:
         value = torch.full(shape, self.method.initial_logit, device=self.device)
         return Logits(name, value, part, rows.start * math.prod(part.shape[1:]), self.group)
 
-    def _whole_or_rows(self, model: Model, name: str) -> tuple[Delta, Delta] | None:
-        """This worker's rows of a task vector, ready to be masked, and something of the whole one's shape."""
-        rows, shape = self.group.rows(self._aligned.tensors[name].shape[0]), self._aligned.tensors[name].shape
+    def _task_vector(self, model: Model, name: str) -> _TaskVector | None:
+        """None where the model has no task vector in this tensor."""
+        shape = tuple(self._aligned.tensors[name].shape)
+        rows = self.group.rows(shape[0])
         delta = self._delta(model, name, rows)
         if delta is None:
             return None
         if isinstance(delta, LowRank):
             delta = MASKS[self.method.mask].prepared(delta)
             assert isinstance(delta, LowRank)
-            return LowRank(delta.b[rows].to(self.device), delta.a.to(self.device)), delta
-        return Dense(delta.value.to(self.device)), Dense(torch.empty(shape, device="meta"))
-
-    def _local_delta(self, model: Model, name: str) -> Delta | None:
-        found = self._whole_or_rows(model, name)
-        return None if found is None else found[0]
+            return _TaskVector(LowRank(delta.b[rows].to(self.device), delta.a.to(self.device)), delta)
+        return _TaskVector(Dense(delta.value.to(self.device)), _shape_only(shape))
 
     def _delta(self, model: Model, name: str, rows: slice) -> Delta | None:
-        """A task vector as the checkpoint holds weights: a LoRA's whole, a dense one's rows; None where it has none."""
+        """A task vector with the axes that the checkpoint holds: a LoRA's whole, of a dense one these rows.
+
+        None where the model has none in this tensor.
+        """
         if isinstance(model, FullModel):
             return Dense(stored_rows(model, name, rows) - stored_rows(self._aligned, name, rows))
         turned = is_transposed(self._aligned, name)
@@ -348,47 +384,87 @@ class MaskedModel:
         return LowRank(origin.b[rows].to(self.device), origin.a.to(self.device))
 
 
-@dataclass(eq=False, kw_only=True)
-class _MaskedTensor:
-    """One tensor under its mask; a worker's rows of it."""
+class _TaskVector(NamedTuple):
+    """One model's task vector in one tensor, in the form that the mask is defined on."""
+
+    rows: Delta
+    """This worker's rows, with their values."""
+    whole: Delta
+    """Of the whole tensor's shape, which its logits go by; a dense one has no values."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """One weight of the network that is masked."""
 
     name: str
     shape: tuple[int, ...]
     """Of the whole tensor."""
+    rows: slice
+    """Those of this worker."""
     parameter: torch.Tensor
+    """The network's parameter, sharded if the group has a mesh."""
     theta: torch.Tensor
+    """θ: this worker's rows of the parameter, in its memory."""
     base: torch.Tensor
+    """W: the same rows of the aligned model."""
+
+    @property
+    def start(self) -> int:
+        """Index of this worker's first entry in the whole tensor, flattened."""
+        return self.rows.start * math.prod(self.shape[1:])
+
+
+@dataclass(eq=False)
+class _MaskedTensor:
+    """One weight under its mask."""
+
+    weight: _Weight
     method: MaskSpec
     deltas: dict[str, Delta]
+    """Model -> this worker's rows of its task vector; `SHARED` -> their sum, where that is masked."""
     masks: dict[str, dict[str, Logits]]
-    """Model -> part -> its logits, as in `deltas`."""
-    logits: list[Logits]
-    scratch: torch.Tensor = field(init=False)
+    """Model -> part -> its logits, for the models of `deltas`."""
+
+    @property
+    def logits(self) -> list[Logits]:
+        """Those of all parts and models; logits that models share are there once."""
+        found = {logits.name: logits for parts in self.masks.values() for logits in parts.values()}
+        return [*found.values()]
 
     def write(self, step: int | None) -> torch.Tensor:
-        """Write θ; returns Σ over this worker's entries of the share of each that is kept, float64."""
+        """Write θ for one step's draw of the mask, or for the expected mask without a step.
+
+        Returns:
+            Entries kept among this worker's: its mask values, summed; a float64 scalar.
+        """
         raise NotImplementedError
 
     def add_gradients(self, gradient: torch.Tensor, kept: bool) -> None:
-        """Add ∂L/∂x to every logit's gradient, for the mask that was written last, given ∂L/∂θ.
+        """Add ∂L/∂x to the logits' gradients, for the mask that was written last.
 
         Args:
-            kept: whether the gradients have to outlive the next tensor's; else they may lie in scratch memory.
+            gradient: ∂L/∂θ of this worker's rows.
+            kept: whether the logits' gradients are still needed when the next tensor's are computed; if not, they may
+                be in scratch memory, which that overwrites.
         """
         raise NotImplementedError
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class _FoldedTensor(_MaskedTensor):
-    """One dense mask on one dense task vector: θ = W + m ⊙ δ / mean(m), in closed form and in chunks."""
+    """One dense mask on one dense task vector: θ = W + m ⊙ δ / mean(m), with its gradient in closed form, in chunks."""
 
     step: int | None = None
     """Of the draw that θ holds."""
     mean: float = 1.0
+    """mean(m) of that draw, over the whole tensor."""
+    scratch: torch.Tensor = field(init=False)
+    """Memory for mask values, float32, at least as many as this worker's entries; all tensors share it."""
 
     def __post_init__(self) -> None:
         (delta,) = self.deltas.values()
-        dense = delta.dense().to(self.base.dtype).contiguous()
+        dense = delta.dense().to(self.weight.base.dtype).contiguous()
         self.deltas = {name: Dense(dense) for name in self.deltas}
         self._delta = dense.view(-1)
         (self._logits,) = self.logits
@@ -398,14 +474,15 @@ class _FoldedTensor(_MaskedTensor):
         values, kept = self._draw()
         mean = self._logits.total(kept) / self._logits.count
         self.mean = float(floored(mean, self._logits.count))
-        masked_weight_(self.theta.view(-1), self.base.view(-1), self._delta, values, 1.0 / self.mean)
+        theta, base = self.weight.theta.view(-1), self.weight.base.view(-1)
+        masked_weight_(theta, base, self._delta, values, 1.0 / self.mean)
         return kept
 
     def add_gradients(self, gradient: torch.Tensor, kept: bool) -> None:
         values, summed = self._draw()
         flat, total = gradient.reshape(-1), float(self._logits.total(summed))
         centre = 0.0
-        if total >= 1.0:  # below, the floor holds the mean, and it doesn't move
+        if total >= 1.0:  # below 1 the mean is at its floor, a constant
             centre = float(self._logits.total(weighted_sum(flat, self._delta, values))) / total
         logit_gradient_(values, flat, self._delta, centre, 1.0 / (self.mean * self.method.temperature))
         leaf = self._logits.value
@@ -416,32 +493,38 @@ class _FoldedTensor(_MaskedTensor):
             leaf.grad.add_(found)
 
     def _draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This worker's mask values, in scratch memory, and their sum."""
         logits = self._logits
-        values = self.scratch[: self.theta.numel()]
+        values = self.scratch[: self.weight.theta.numel()]
         key = logits.key(self.method.training.seed, self.step)
         kept = draw_(values, logits.value.detach().view(-1), logits.start, key, self.method.temperature)
         return values, kept
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class _FusedTensor(_MaskedTensor):
-    """Any mask on any task vectors through any fusion, by automatic differentiation of this one tensor."""
+    """Any mask on any task vectors through any fusion; the gradient of this one tensor is taken by autograd."""
 
+    _: KW_ONLY
     fusion: AnyFusionMethod | None
+    """None for a single task vector, which is masked as it is."""
     coefficients: Mapping[str, float]
+    """Model -> λ_t."""
     origin: Delta | None
+    """What a factor mask reverts to, in this worker's rows."""
     piece: Piece
     place: Place
     step: int | None = None
+    """Of the draw that θ holds."""
 
     def write(self, step: int | None) -> torch.Tensor:
         self.step = step
         with torch.no_grad():
             values = self._values()
-            self.theta.copy_(self._theta(values))
-            # A tensor's share is the mean over its parts' and its models' shares.
+            self.weight.theta.copy_(self._theta(values))
+            # Several parts or models have a value each for one entry; what is kept of it is taken to be their mean.
             shares = [v.mean(dtype=torch.float64) for v in values.values()]
-        return torch.stack(shares).mean() * self.theta.numel()
+        return torch.stack(shares).mean() * self.weight.theta.numel()
 
     def add_gradients(self, gradient: torch.Tensor, kept: bool) -> None:
         leaves = [logits.value for logits in self.logits]
@@ -454,6 +537,7 @@ class _FusedTensor(_MaskedTensor):
             logits.value.grad = new if logits.value.grad is None else logits.value.grad.add_(new)
 
     def _values(self) -> dict[str, torch.Tensor]:
+        """Logits' name -> this worker's mask values, differentiable in the logits."""
         found: dict[str, torch.Tensor] = {}
         for logits in self.logits:
             key = logits.key(self.method.training.seed, self.step)
@@ -465,24 +549,28 @@ class _FusedTensor(_MaskedTensor):
         return found
 
     def _theta(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """θ in float32, differentiable in the mask values."""
         mask = MASKS[self.method.mask]
         masked: dict[str, Delta] = {}
         for model, delta in self.deltas.items():
             scaled: dict[str, torch.Tensor] = {}
             for part, logits in self.masks[model].items():
                 value = values[logits.name]
-                mean = _WholeSum.apply(value.sum(), logits) / logits.count
+                mean = _whole_sum(value.sum(), logits) / logits.count
                 scaled[part] = value / floored(mean, logits.count)
             masked[model] = mask.masked(delta, scaled, self.origin)
         if self.fusion is None:
             (fused,) = masked.values()
         else:
             fused = self.fusion.fuse(masked, self.coefficients, self.place, self.piece)
-        return self.base.float() + fused.dense()
+        return self.weight.base.float() + fused.dense()
 
 
 class _WholeSum(torch.autograd.Function):
-    """A sum over all workers' rows; each worker's loss depends on it, so their gradients add up too."""
+    """`Logits.total` as a function to differentiate.
+
+    Every worker's loss depends on the sum, so the gradient of each summand is the sum of all workers' gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, logits: Logits) -> torch.Tensor:
@@ -494,18 +582,28 @@ class _WholeSum(torch.autograd.Function):
         return ctx.logits.total(gradients[0]), None
 
 
-def named_parameters(network: Any) -> dict[str, torch.Tensor]:
-    """Parameters by their checkpoint's names: as they were before anything wrapped a layer."""
+def _whole_sum(value: torch.Tensor, logits: Logits) -> torch.Tensor:
+    apply = cast("Callable[[torch.Tensor, Logits], torch.Tensor]", _WholeSum.apply)  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
+    return apply(value, logits)
+
+
+def _shape_only(shape: tuple[int, ...]) -> Dense:
+    """A dense task vector of a shape, without values or memory."""
+    return Dense(torch.empty(shape, device="meta"))
+
+
+def named_parameters(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by name, which is their tensor's name in the checkpoint; FSDP2 changes no names."""
     return dict(network.named_parameters())
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This worker's rows of a tensor, sharded or not; shares memory."""
+    """This worker's rows of a tensor, all of one that isn't sharded; they share its memory."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def stored_rows(model: FullModel, name: str, rows: slice) -> torch.Tensor:
-    """Rows of a base tensor as the checkpoint holds it, float32."""
+    """Rows of a full model's tensor, with the axes that the checkpoint holds, float32. Only they are read."""
     info = model.tensors[name]
     if len(info.shape) < 2:
         return read_tensor(model.folder, info).float()[rows]

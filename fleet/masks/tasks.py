@@ -1,4 +1,4 @@
-"""What is asked of a training: small frozen values that travel as messages and name everything by URI."""
+"""What is asked of a training, and what it answers: small values, sent between nodes, that name all else by URI."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from fleet.store.entry import FileEntry
 
 @dataclass(frozen=True)
 class Texts:
-    """A set of texts as a worker finds it: a file in the store, or a dataset on the Hub."""
+    """Where a worker finds a set of texts: in the run's store, or on the Hub."""
 
     texts: TextSet
     store: str
+    """URI of the store."""
 
     def rows(self) -> list[Row]:
+        """All rows, in order.
+
+        Raises:
+            StepFailedError: the file is no longer in the store.
+            ManifestError: a row of a dataset is not what it should be.
+        """
         if self.texts.is_dataset:
             return self.texts.rows(None)
         data = open_store(self.store).read(self.texts.key)
@@ -34,23 +41,28 @@ class Texts:
 
 @dataclass(frozen=True)
 class Compute:
-    """How a training runs; nothing in it decides what comes out, but for rounding."""
+    """How a training runs; it changes the result only by rounding."""
 
     micro_batch: int | None
-    """Texts per forward pass and worker; the rest of an update's batch is accumulated. None takes all at once."""
+    """Preference pairs or prompts per forward pass and worker; the gradients of a batch's passes are added up. None
+    takes the whole batch in one pass."""
     activation_checkpointing: bool
+    """Whether activations are computed again in the backward pass instead of kept."""
     checkpoint_every: int
     """Updates between checkpoints."""
 
 
 @dataclass(frozen=True)
 class LogProbsTask:
-    """The aligned model's log-probabilities of a preference set: what DPO compares with, for every model and night."""
+    """Compute the aligned model's log-probabilities of a preference set: DPO's reference, for every model and run."""
 
     aligned: str
+    """URI of the aligned model."""
     preferences: Texts
     max_tokens: int
+    """Longest prompt and reply together."""
     dtype: str
+    """Of the model: `bfloat16` or `float32`."""
     compute: Compute
     output: Output
 
@@ -60,32 +72,34 @@ class MaskTask:
     """Learn one mask."""
 
     step: str
-    """Key of the step: what is measured on the way is told under it."""
+    """Key of the step, under which updates and evaluations are reported."""
     aligned: str
+    """URI of the aligned model."""
     members: tuple[Member, ...]
     fusion: AnyFusionMethod | None
     method: MaskSpec
     safety: str | None
-    """What a factor mask reverts to."""
+    """URI of the safety adapter, if the mask is a factor mask that reverts to it."""
     preferences: Texts
     log_probs: str
     """Folder of the aligned model's log-probabilities."""
     prompts: tuple[Texts, ...]
-    """Of each member, if the method uses them."""
+    """Task prompts of each member, in their order; none if the method uses no prompts."""
     compute: Compute
     output: Output
 
     @property
     def state(self) -> str:
-        """Prefix in the store of the checkpoints; the same for every attempt."""
+        """Prefix of the checkpoints in the store: the same for every attempt, so that each goes on from the last."""
         return f"{self.step}/state"
 
 
 class Trained(NamedTuple):
-    """What a training left; of its first worker, for the others leave nothing."""
+    """The files that a training wrote and its result. Only its first worker has any; see `NOTHING`."""
 
     files: dict[str, FileEntry]
     result: dict[str, Json]
 
 
 NOTHING = Trained({}, {})
+"""What all workers but the first return."""

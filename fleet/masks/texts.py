@@ -1,4 +1,4 @@
-"""Preferences and task prompts: the files a mask is learned from, checked before anything is computed.
+"""Preferences and task prompts: the texts a mask is learned from, checked before anything is computed.
 
 Both are JSON lines, or a split of a Hub dataset pinned to a commit, `hf://datasets/org/name@commit/split`. A preference
 has `prompt`, `chosen` and `rejected`; a task prompt has `prompt` and `response`. All are strings.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from fleet.core.errors import ManifestError
 from fleet.core.identity import digest
@@ -31,18 +31,17 @@ _DATASET = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a
 
 @dataclass(frozen=True)
 class TextSet:
-    """One such file or split.
-
-    `key` is where the coordinator put a file's bytes in the store: a node may not have the driver's disk.
-    """
+    """One file of texts, or one split of a dataset."""
 
     what: What
     uri: str
+    """Of the file or dataset, as the manifest names it."""
     identity: str
     """Digest of the bytes, or the pinned commit and split."""
 
     @property
     def key(self) -> str:
+        """Where the run puts a file's bytes in its store, because a node may not have the driver's disk."""
         return f"texts/{self.identity.removeprefix('sha256:')[:16]}.jsonl"
 
     @property
@@ -50,20 +49,26 @@ class TextSet:
         return self.uri.startswith("hf://")
 
     def rows(self, data: bytes | None) -> list[Row]:
-        """The rows, of a file from its bytes, of a dataset from the Hub.
+        """All rows, in order.
+
+        Args:
+            data: a file's bytes; None for a dataset, which is fetched from the Hub.
 
         Raises:
-            ManifestError: a row that is not what it should be.
+            ManifestError: a row is not what it should be, or there is none.
         """
         return parse_rows(self.what, self.uri, data) if data is not None else _dataset_rows(self.what, self.uri)
 
 
 def open_texts(what: What, uri: str, field: str) -> tuple[TextSet, bytes | None]:
-    """Open and check one; the bytes of a file, None for a dataset, which the workers fetch.
+    """A set of texts by its URI, and a file's bytes; None for a dataset, which the workers fetch and check.
+
+    Args:
+        field: the manifest's field, for messages.
 
     Raises:
-        ManifestError: no such file, a dataset that is not pinned, or a row that is not what it should be.
-        SourceError: it cannot be read.
+        ManifestError: a dataset is not pinned, or a file's row is not what it should be.
+        SourceError: the file doesn't exist or can't be read.
     """
     if uri.startswith("hf://"):
         match = _DATASET.fullmatch(uri)
@@ -78,15 +83,20 @@ def open_texts(what: What, uri: str, field: str) -> tuple[TextSet, bytes | None]
 
 
 def parse_rows(what: What, where: str, data: bytes) -> list[Row]:
-    """
+    """The rows of a file of JSON lines; empty lines are skipped.
+
+    Args:
+        where: what messages call the file.
+
     Raises:
-        ManifestError: no JSON lines, a field missing or not a string, a preference between equals, or no row at all.
+        ManifestError: a line is not JSON, a field is missing, empty or not a string, a preference's two replies are the
+            same, or there is no row.
     """
     rows: list[Row] = []
     for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row: object = json.loads(line)
             except ValueError as e:
                 raise ManifestError(f"{where}: line {number}: not JSON: {e}") from e
             rows.append(_checked(what, f"{where}: line {number}", row))
@@ -94,19 +104,19 @@ def parse_rows(what: What, where: str, data: bytes) -> list[Row]:
 
 
 def held_out(row: Row, share: float) -> bool:
-    """Whether a row is kept out of training: by a hash of its prompt, so the same prompt never stands on both sides."""
+    """Whether a row is kept out of training: a hash of its prompt says so, so that no prompt is on both sides."""
     value = int.from_bytes(hashlib.sha256(row["prompt"].encode()).digest()[:8], "little")
     return value / 2**64 < share
 
 
 def split(rows: Sequence[Row], share: float) -> tuple[list[int], list[int]]:
-    """Indices to train on and to hold out; each has at least one row.
+    """Indices of the rows to train on, at least one, and of those to hold out: at least one, unless `share` is 0.
 
     Raises:
-        ManifestError: there is only one prompt.
+        ManifestError: all rows have the same prompt.
     """
     out = [i for i, row in enumerate(rows) if held_out(row, share)]
-    if share and (not out or len(out) == len(rows)):  # a set so small that the hash put all on one side
+    if share and (not out or len(out) == len(rows)):  # so few prompts that the hash put all on one side: take one
         first = min(range(len(rows)), key=lambda i: hashlib.sha256(rows[i]["prompt"].encode()).digest())
         out = [i for i, row in enumerate(rows) if row["prompt"] == rows[first]["prompt"]]
     kept = sorted(set(range(len(rows))) - set(out))
@@ -117,13 +127,14 @@ def split(rows: Sequence[Row], share: float) -> tuple[list[int], list[int]]:
     return kept, out
 
 
-def _checked(what: What, where: str, row: Any) -> Row:
-    fields = FIELDS[what]
-    if not isinstance(row, dict) or not all(isinstance(row.get(f), str) and row[f] for f in fields):
-        raise ManifestError(f"{where}: needs {', '.join(fields)}, each a string that is not empty")
-    if what == "preferences" and row["chosen"] == row["rejected"]:
+def _checked(what: What, where: str, row: object) -> Row:
+    given = cast("dict[str, object]", row) if isinstance(row, dict) else {}
+    found = {f: value for f in FIELDS[what] if isinstance(value := given.get(f), str) and value}
+    if len(found) < len(FIELDS[what]):
+        raise ManifestError(f"{where}: needs {', '.join(FIELDS[what])}, each a string that is not empty")
+    if what == "preferences" and found["chosen"] == found["rejected"]:
         raise ManifestError(f"{where}: chosen and rejected are the same")
-    return {f: row[f] for f in fields}
+    return found
 
 
 def _enough(where: str, rows: list[Row]) -> list[Row]:
@@ -133,9 +144,10 @@ def _enough(where: str, rows: list[Row]) -> list[Row]:
 
 
 def _dataset_rows(what: What, uri: str) -> list[Row]:
-    from datasets import load_dataset  # noqa: PLC0415 - only where a dataset is named
+    import datasets  # noqa: PLC0415 - slow to import, and only needed where a dataset is named # pyright: ignore[reportMissingTypeStubs]
 
     match = _DATASET.fullmatch(uri)
     assert match is not None
-    found: Iterable[Any] = load_dataset(match["name"], revision=match["commit"], split=match["split"])
+    load = cast(Callable[..., Iterable[Any]], datasets.load_dataset)  # pyright: ignore[reportUnknownMemberType]
+    found = load(match["name"], revision=match["commit"], split=match["split"])
     return _enough(uri, [_checked(what, f"{uri}: row {i}", dict(row)) for i, row in enumerate(found)])

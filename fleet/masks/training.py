@@ -1,7 +1,7 @@
 """How a mask is learned: the loop that every worker of a training runs, its evaluations and its checkpoints.
 
-All that happens at an update follows from its number: which pairs, which draw of the mask, which learning rate. So a
-training that was killed goes on from its last checkpoint, on any number of workers, as if nothing had happened.
+An update's number decides all that is random or scheduled in it: its pairs, its draw of the mask, its learning rate. So
+a training that was killed goes on from its last checkpoint as if nothing had happened, on any number of workers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import AutoTokenizer
@@ -29,7 +29,7 @@ from fleet.checkpoint.tensors import TensorLayout, read_rows, read_tensor, write
 from fleet.checkpoint.write import write_file
 from fleet.core.errors import CheckpointError, StepFailedError
 from fleet.core.identity import Json
-from fleet.masks.batches import Text, collate, encode
+from fleet.masks.batches import Text, Tokenizer, collate, encode
 from fleet.masks.files import MASK_FILE, MASK_JSON
 from fleet.masks.masked_model import Group, MaskedMember, MaskedModel
 from fleet.masks.network import build_network
@@ -51,32 +51,39 @@ from fleet.store.entry import FileEntry
 LOG_PROBS_FILE = "log_probs.safetensors"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CONTINUES = 0.5
-"""Below this cosine of A factors, an adapter is taken not to have started from the safety adapter: LoRA draws A at
-random, and training turns it by little."""
+"""An adapter whose A factors have a lower cosine with the safety adapter's did not start from it: LoRA draws A at
+random, so strangers' cosines are near 0, and training hardly turns A."""
 _STATE_FILES = ("a.safetensors", "b.safetensors")
-"""Written in turn, so that one of them is whole whenever a worker dies."""
+"""Checkpoints overwrite them in turn, so that one is whole whenever a worker dies."""
 _BEST_FILE = "best.safetensors"
 _PASS = 16
-"""Texts or pairs in a pass without gradients, if nothing else is asked for."""
+"""Preference pairs or prompts in a pass without gradients, where `Compute.micro_batch` is None."""
 
 Report = Callable[[dict[str, float]], None]
-"""Told of every update and evaluation, on the first worker: `step` and what was measured."""
+"""Called after every update and every evaluation with `step` and what was measured."""
+
+_Share = list[tuple[int, float]]
+"""What one worker computes in one pass: indices of pairs or prompts, each with its weight in the batch's mean."""
 
 
-class Evaluation(NamedTuple):
-    """What the expected mask does to what is held out."""
+class MaskEvaluation(NamedTuple):
+    """How good the expected mask is on the held-out texts, after some number of updates."""
 
     step: int
+    """Updates before it."""
     loss: float
+    """DPO's, the mean over pairs."""
     accuracy: float
-    """Share of pairs with a positive margin: the chosen reply gained on the rejected, against the aligned model."""
+    """Share of pairs with a positive margin."""
     margin: float
+    """How much more the masked model prefers the chosen reply than the aligned model does, in nats: a mean."""
     density: float
+    """The share of the task vectors that the mask keeps."""
     divergence: float | None
     """KL(fine-tuned ‖ masked), nats per token, where there are task prompts."""
 
     def score(self, training: MaskTraining) -> float:
-        """What the best evaluation has least of; infinite where the divergence is over its limit."""
+        """The lowest is best; infinite where the divergence is over its limit."""
         if training.divergence_max is not None and (self.divergence or 0.0) > training.divergence_max:
             return math.inf
         return self.loss + training.utility_weight * (self.divergence or 0.0)
@@ -84,17 +91,23 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class _Prompts:
-    """One member's task prompts, with the fine-tuned model's own distributions."""
+    """One member's task prompts, and what the fine-tuned model predicts on them."""
 
     texts: list[Text]
     teachers: list[Teacher]
-    """Of single texts, (1, C, …)."""
+    """One per text: n is 1, and C the text's own reply length."""
     train: list[int]
+    """Indices of the texts to train on."""
     held_out: list[int]
+    """Indices of the others."""
 
 
 def log_probs(task: LogProbsTask, group: Group, device: torch.device) -> Trained:
-    """log π_aligned(reply | prompt) of every pair, in file order: `chosen` and `rejected`, (pairs,), float32."""
+    """Write log π_aligned(reply | prompt) of every pair: tensors `chosen` and `rejected`, (pairs,), float32.
+
+    Raises:
+        CheckpointError: the aligned model can't be built, or has no usable tokenizer.
+    """
     aligned = open_full(task.aligned)
     network = build_network(aligned, _DTYPES[task.dtype], device, group, False)
     pairs = _pairs(task.preferences.rows(), load_tokenizer(aligned), task.max_tokens)
@@ -104,7 +117,7 @@ def log_probs(task: LogProbsTask, group: Group, device: torch.device) -> Trained
             texts = [pairs[i][side] for side in (0, 1) for i, _ in mine]
             values = reply_log_probs(network, collate(texts, device)).view(2, -1)
             for column, (i, weight) in enumerate(mine):
-                found[:, i] += values[:, column] * float(weight > 0)  # a repeated text counts once
+                found[:, i] += values[:, column] * float(weight > 0)  # fills a pass up: see `_shares`
     found = group.total(found).cpu()
     if group.rank:
         return NOTHING
@@ -115,8 +128,8 @@ def learn_mask(task: MaskTask, group: Group, device: torch.device, report: Repor
     """Learn one mask, from its last checkpoint if it has one.
 
     Raises:
-        CheckpointError: the models don't fit the method; see `MaskedModel`.
-        StepFailedError: the loss is no number.
+        CheckpointError: the aligned model can't be built, or the models don't suit the method; see `MaskedModel`.
+        StepFailedError: a loss is not a finite number, or no mask kept the divergence within its limit.
     """
     return _Training(task, group, device, report).run()
 
@@ -144,10 +157,11 @@ class _Training:
             self._prompts(member, texts.rows(), tokenizer) for member, texts in zip(members, task.prompts, strict=False)
         ]
         self.store = open_store(task.output.store)
-        self.history: list[Evaluation] = []
-        self.best: Evaluation | None = None
+        self.history: list[MaskEvaluation] = []
+        self.best: MaskEvaluation | None = None
 
     def run(self) -> Trained:
+        """Train until the last update, or until evaluations no longer get better."""
         step = self._restore()
         while step < self.spec.steps and not self._stops():
             self.report({"step": float(step + 1), **self._update(step)})
@@ -161,7 +175,7 @@ class _Training:
     # -- one update ----------------------------------------------------------------------------------------------
 
     def _update(self, step: int) -> dict[str, float]:
-        """Draw a mask, and move its logits by one batch of pairs and of task prompts."""
+        """Draw a mask, and move its logits by the gradient on one batch of pairs and of task prompts."""
         spec, group = self.spec, self.group
         density = self.model.draw(step)
         rng = random.Random(f"{spec.seed}/{step}")
@@ -174,43 +188,45 @@ class _Training:
         passes += [partial(self._utility_loss, *share) for share in prompts]
         for number, forward in enumerate(passes, start=1):
             loss, measured = forward()
-            # FSDP2 averages gradients over the workers; a batch's losses are to be added up.
+            # FSDP2 averages the workers' gradients, but their losses are parts of one mean, so they have to add up.
             self.model.backward(loss * group.size, rate if number == len(passes) else None)
             totals += measured
-        loss, accuracy, margin, utility = self.group.total(totals).tolist()
+        loss, accuracy, margin, utility = _floats(group.total(totals))
         if not math.isfinite(loss + utility):
             raise StepFailedError(f"the loss of update {step + 1} is {loss:g}; lower training.learning_rate")
         measured = {"loss": loss, "accuracy": accuracy, "margin": margin, "density": density, "learning_rate": rate}
         return measured | ({"divergence": utility} if prompts else {})
 
-    def _preference_loss(self, share: list[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _preference_loss(self, share: _Share) -> tuple[torch.Tensor, torch.Tensor]:
         """The share's part of the batch's mean DPO loss, and of (loss, accuracy, margin, 0)."""
         margin, weights = self._margins(share)
         losses = dpo_losses(margin, self.spec.beta)
         parts = torch.stack((losses.detach(), (margin > 0).float(), margin.detach(), torch.zeros_like(weights)))
         return (losses * weights).sum(), parts @ weights
 
-    def _utility_loss(self, prompts: _Prompts, share: list[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _utility_loss(self, prompts: _Prompts, share: _Share) -> tuple[torch.Tensor, torch.Tensor]:
         """The share's part of μ times the mean divergence over task prompts, and of (0, 0, 0, divergence)."""
         found, weights = self._divergences(prompts, share)
         value = (found * weights).sum()
         return self.spec.utility_weight * value, torch.stack((*torch.zeros(3, device=self.device), value.detach()))
 
-    def _margins(self, share: list[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _margins(self, share: _Share) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the share's pairs, and their weights: (pairs,) each."""
         indices = [i for i, _ in share]
         texts = [self.pairs[i][side] for side in (0, 1) for i in indices]
         policy = reply_log_probs(self.model.network, collate(texts, self.device)).view(2, -1)
         weights = torch.tensor([w for _, w in share], device=self.device)
         return margins(policy, self.reference[:, indices]), weights
 
-    def _divergences(self, prompts: _Prompts, share: list[tuple[int, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _divergences(self, prompts: _Prompts, share: _Share) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the share's prompts, and their weights: (prompts,) each."""
         batch = collate([prompts.texts[i] for i, _ in share], self.device)
         teacher = _stacked([prompts.teachers[i] for i, _ in share], batch.labels.shape[1])
         found = divergence(teacher, reply_logits(self.model.network, batch), batch.labels)
         return found, torch.tensor([w for _, w in share], device=self.device)
 
-    def _prompt_shares(self, rng: random.Random) -> Iterator[tuple[_Prompts, list[tuple[int, float]]]]:
-        """A batch of task prompts, spread evenly over the members."""
+    def _prompt_shares(self, rng: random.Random) -> Iterator[tuple[_Prompts, _Share]]:
+        """This worker's passes of a batch of task prompts, to which every member gives the same number."""
         count = max(self.spec.batch_size // len(self.prompts), 1)
         for prompts in self.prompts:
             chosen = rng.sample(prompts.train, min(count, len(prompts.train)))
@@ -220,7 +236,7 @@ class _Training:
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int) -> None:
-        """Measure the expected mask on what is held out; keep it if it is the best so far."""
+        """Measure the expected mask on the held-out texts; keep it if it is the best so far."""
         density = self.model.draw(None)
         totals = torch.zeros(4, device=self.device)
         with torch.no_grad():
@@ -230,8 +246,8 @@ class _Training:
                 for share in _shares(prompts.held_out, self.group, self.task.compute.micro_batch or _PASS):
                     found, weights = self._divergences(prompts, share)
                     totals[3] += (found * weights).sum() / len(self.prompts)
-        loss, accuracy, margin, utility = (float(f"{v:.6g}") for v in self.group.total(totals).tolist())
-        evaluation = Evaluation(step, loss, accuracy, margin, density, utility if self.prompts else None)
+        loss, accuracy, margin, utility = (float(f"{v:.6g}") for v in _floats(self.group.total(totals)))
+        evaluation = MaskEvaluation(step, loss, accuracy, margin, density, utility if self.prompts else None)
         self.history.append(evaluation)
         named = evaluation._asdict()
         self.report({f"held_out.{k}" if k != "step" else k: float(v) for k, v in named.items() if v is not None})
@@ -241,18 +257,19 @@ class _Training:
             self._write_best()
 
     def _stops(self) -> bool:
-        """Whether `patience` evaluations in a row were no better than the best."""
+        """Whether the last `patience` evaluations were no better than the best."""
         if self.best is None:
             return False
         return sum(e.step > self.best.step for e in self.history) >= self.spec.patience
 
-    def _prompts(self, member: MaskedMember, rows: list[Row], tokenizer: Any) -> _Prompts:
+    def _prompts(self, member: MaskedMember, rows: list[Row], tokenizer: Tokenizer) -> _Prompts:
+        """Encode a member's task prompts, and let the fine-tuned model predict on them."""
         texts = [encode(tokenizer, row["prompt"], row["response"], self.spec.max_tokens) for row in rows]
         self.model.write_member(member)
         teachers: list[Teacher] = []
         size = self.task.compute.micro_batch or _PASS
         with torch.no_grad():
-            # Every worker may need every teacher, and FSDP2 has all of them gather weights in each pass.
+            # Every worker computes every teacher: it may need any of them, and FSDP2 wants all workers in each pass.
             for start in range(0, len(texts), size):
                 batch = texts[start : start + size]
                 both = coarse(reply_logits(self.model.network, collate(batch, self.device)))
@@ -263,7 +280,7 @@ class _Training:
     # -- the store -----------------------------------------------------------------------------------------------
 
     def _restore(self) -> int:
-        """Take up the last checkpoint; the number of updates that are done."""
+        """Go on from the last checkpoint, if there is one; returns how many updates had been made."""
         prefix = self.task.state
         data = self.store.read(f"{prefix}/state.json")
         if data is None:
@@ -282,8 +299,8 @@ class _Training:
 
         for logits in self.model.logits:
             logits.restore(read, state["step"])
-        self.history = [Evaluation(*row) for row in state["history"]]
-        self.best = Evaluation(*state["best"]) if state["best"] else None
+        self.history = [MaskEvaluation(*row) for row in state["history"]]
+        self.best = MaskEvaluation(*state["best"]) if state["best"] else None
         return state["step"]
 
     def _checkpoint(self, step: int) -> None:
@@ -294,53 +311,66 @@ class _Training:
             self.store.replace(f"{self.task.state}/state.json", json.dumps(state).encode())
 
     def _write_state(self, key: str) -> None:
-        moments = ("", "/exp_avg", "/exp_avg_sq")
-        layout = [TensorLayout(f"{g.name}{m}", "F32", g.part.shape) for g in self.model.logits for m in moments]
         values = (value for logits in self.model.logits for value in logits.state().values())
-        _write(self.group, self.store, key, layout, values)
+        _write(self.group, self.store, key, self._layout(("", "/exp_avg", "/exp_avg_sq")), values)
 
     def _write_best(self) -> None:
-        layout = [TensorLayout(g.name, "F32", g.part.shape) for g in self.model.logits]
         values = (logits.whole() for logits in self.model.logits)
-        _write(self.group, self.store, f"{self.task.state}/{_BEST_FILE}", layout, values)
+        _write(self.group, self.store, f"{self.task.state}/{_BEST_FILE}", self._layout(), values)
+
+    def _layout(self, suffixes: Sequence[str] = ("",)) -> list[TensorLayout]:
+        """A file of all logits, or of several tensors of each part, whose names end so."""
+        return [TensorLayout(f"{g.name}{s}", "F32", g.part.shape) for g in self.model.logits for s in suffixes]
+
+    # -- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self, step: int) -> Trained:
         """Write the best mask, or the last where nothing is held out.
 
         Raises:
-            StepFailedError: no evaluated mask kept to the divergence it may have.
+            StepFailedError: there are evaluations, but none is the best.
         """
         if self.history and self.best is None:
-            if self.spec.divergence_max is None:
-                raise StepFailedError("no evaluation's loss is a number; lower training.learning_rate")
-            least = min(e.divergence or 0.0 for e in self.history)
-            raise StepFailedError(
-                f"no mask kept the divergence at or below {self.spec.divergence_max:g}; the least was {least:.3g}: "
-                "raise training.divergence_max, give training.utility_weight, or evaluate more often"
-            )
+            raise self._no_best()
         if self.best is not None and self.group.rank:
-            return NOTHING  # the first worker has the best mask's file, and may still be writing it
-        output, all_logits = self.task.output, [*self.model.logits]
-        layout = [TensorLayout(g.name, "F32", g.part.shape) for g in all_logits]
-        if self.best is None:
-            values = (logits.whole() for logits in all_logits)
-        else:
-            folder = self.store.folder(self.task.state)
-            headers = read_file_header(folder, _BEST_FILE)
-            values = (read_tensor(folder, headers[entry.name]) for entry in layout)
+            return NOTHING  # only the first worker needs the best mask's file, and it may still be writing it
         kept = 0
 
         def counted() -> Iterator[torch.Tensor]:
             nonlocal kept
-            for value in values:
+            for value in self._learned():
                 kept += int((value >= 0).sum())
                 yield value
 
-        entry = _write(self.group, self.store, f"{output.prefix}/{MASK_FILE}", layout, counted())
+        prefix = self.task.output.prefix
+        entry = _write(self.group, self.store, f"{prefix}/{MASK_FILE}", self._layout(), counted())
         if entry is None:
             return NOTHING
-        method, total = self.task.method, sum(g.count for g in all_logits)
-        about: dict[str, Json] = {
+        data = (json.dumps(self._about(), indent=2, sort_keys=True) + "\n").encode()
+        self.store.replace(f"{prefix}/{MASK_JSON}", data)
+        return Trained({MASK_FILE: entry, MASK_JSON: FileEntry.of(data)}, self._result(step, kept))
+
+    def _no_best(self) -> StepFailedError:
+        if self.spec.divergence_max is None:
+            return StepFailedError("no evaluation's loss is a number; lower training.learning_rate")
+        least = min(e.divergence or 0.0 for e in self.history)
+        return StepFailedError(
+            f"no mask kept the divergence at or below {self.spec.divergence_max:g}; the least was {least:.3g}: "
+            "raise training.divergence_max, give training.utility_weight, or evaluate more often"
+        )
+
+    def _learned(self) -> Iterator[torch.Tensor]:
+        """The logits to keep, part by part: the best evaluation's, or the last where nothing is held out."""
+        if self.best is None:
+            return (logits.whole() for logits in self.model.logits)
+        folder = self.store.folder(self.task.state)
+        headers = read_file_header(folder, _BEST_FILE)
+        return (read_tensor(folder, headers[logits.name]) for logits in self.model.logits)
+
+    def _about(self) -> dict[str, Json]:
+        """What stands beside the logits, in mask.json."""
+        method = self.task.method
+        return {
             "mask": method.mask,
             "models": [m.name for m in self.task.members],
             "shared": len(self.task.members) == 1 or method.shared,
@@ -348,23 +378,30 @@ class _Training:
             "seed": self.spec.seed,
             "rule": "m = hardened(logits) / mean, per tensor; 1 keeps an entry of the task vector, 0 reverts it",
         }
-        data = (json.dumps(about, indent=2, sort_keys=True) + "\n").encode()
-        self.store.replace(f"{output.prefix}/{MASK_JSON}", data)
+
+    def _result(self, step: int, kept: int) -> dict[str, Json]:
+        """The record's result.
+
+        Args:
+            step: updates made.
+            kept: logits of at least 0, which a threshold keeps.
+        """
+        total = sum(logits.count for logits in self.model.logits)
         evaluations: list[Json] = [dict(e._asdict()) for e in self.history]
-        result: dict[str, Json] = {
+        return {
             "steps": step,
             "best": dict(self.best._asdict()) if self.best else None,
             "evaluations": evaluations,
             "num_logits": total,
             "share_above_half": kept / total,
         }
-        return Trained({MASK_FILE: entry, MASK_JSON: FileEntry.of(data)}, result)
 
 
 def _require_continuation(members: Sequence[MaskedMember], origin: Adapter) -> None:
-    """
+    """Refuse adapters that did not start from the safety adapter.
+
     Raises:
-        CheckpointError: an adapter did not start from the safety adapter: their A factors are strangers.
+        CheckpointError: one shares no module with it, or has an A factor in another direction.
     """
     for member in members:
         assert isinstance(member.model, Adapter), "planning refuses factor masks on anything but a LoRA"
@@ -380,16 +417,16 @@ def _require_continuation(members: Sequence[MaskedMember], origin: Adapter) -> N
 
 
 def learning_rate(training: MaskTraining, step: int) -> float:
-    """Of one update: a linear warm-up, then a cosine down to zero."""
+    """Of one update, counted from 0: a linear warm-up, times a cosine that falls to zero over all updates."""
     warm = min((step + 1) / training.warmup_steps, 1.0) if training.warmup_steps else 1.0
     return training.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / training.steps))
 
 
-def _shares(indices: Sequence[int], group: Group, micro_batch: int | None) -> Iterator[list[tuple[int, float]]]:
-    """This worker's part of a batch in passes of at most `micro_batch`: (index, weight in the batch's mean).
+def _shares(indices: Sequence[int], group: Group, micro_batch: int | None) -> Iterator[_Share]:
+    """This worker's share of a batch, in passes of at most `micro_batch`.
 
-    All workers make as many passes of as many texts, because FSDP2 has them gather weights together; who has less to do
-    repeats a text with weight 0.
+    All workers make the same number of passes over the same number of texts, because FSDP2 has them gather weights
+    together. A worker with fewer texts fills up with a text of weight 0.
     """
     each = math.ceil(len(indices) / group.size)
     mine = [(i, 1.0 / len(indices)) for i in indices[group.rank :: group.size]]
@@ -412,7 +449,7 @@ def _stacked(teachers: Sequence[Teacher], length: int) -> Teacher:
 def _write(
     group: Group, store: Store, key: str, layout: list[TensorLayout], values: Iterator[torch.Tensor]
 ) -> FileEntry | None:
-    """One file, written by the first worker; the others only take part in bringing each tensor together."""
+    """Write one file, on the first worker; None on the others, which only take part in gathering each tensor."""
     if group.rank:
         for _ in values:
             pass
@@ -421,7 +458,7 @@ def _write(
     return FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)
 
 
-def _pairs(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> list[tuple[Text, Text]]:
+def _pairs(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> list[tuple[Text, Text]]:
     """(chosen, rejected) of each row."""
 
     def text(row: Row, side: str) -> Text:
@@ -431,25 +468,30 @@ def _pairs(rows: Sequence[Row], tokenizer: Any, max_tokens: int) -> list[tuple[T
 
 
 def _read_log_probs(folder: Folder, count: int) -> torch.Tensor:
-    """(2, pairs): of the chosen replies, and of the rejected."""
+    """What `log_probs` wrote, as (2, pairs): of the chosen replies, and of the rejected."""
     headers = read_file_header(folder, LOG_PROBS_FILE)
     found = torch.stack([read_tensor(folder, headers[side]) for side in ("chosen", "rejected")])
-    assert found.shape == (2, count), "log-probabilities are of these preferences: their content is in the step's key"
+    assert found.shape == (2, count), "of the same rows, because the preferences' content is in the step's key"
     return found
 
 
-def load_tokenizer(aligned: FullModel) -> Any:
-    """The aligned model's tokenizer, from its small files alone.
+def _floats(values: torch.Tensor) -> list[float]:
+    return cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType] - torch has no types for it
+
+
+def load_tokenizer(aligned: FullModel) -> Tokenizer:
+    """The aligned model's tokenizer, without fetching its weights.
 
     Raises:
-        CheckpointError: there is none beside it.
+        CheckpointError: its folder has none that transformers can read.
     """
     folder = aligned.folder
+    read = cast(Callable[[str], Tokenizer], AutoTokenizer.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
     with TemporaryDirectory(prefix="fleet-tokenizer-") as scratch:
         for name in folder.files():
             if "/" not in name and not name.endswith(".safetensors"):
                 Path(scratch, name).write_bytes(folder.read(name))
         try:
-            return AutoTokenizer.from_pretrained(scratch)
+            return read(scratch)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"base.aligned: {folder.uri} has no tokenizer to read texts with: {e}") from e

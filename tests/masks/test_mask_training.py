@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ from fleet.fusion.member import Member
 from fleet.masks.files import MASK_FILE, MASK_JSON
 from fleet.masks.masked_model import ALONE, Group
 from fleet.masks.objective import dpo_losses
-from fleet.masks.tasks import Compute, LogProbsTask, MaskTask, Texts, Trained
+from fleet.masks.tasks import NOTHING, Compute, LogProbsTask, MaskTask, Texts, Trained
 from fleet.masks.texts import held_out, open_texts, split
 from fleet.masks.training import LOG_PROBS_FILE, learn_mask, learning_rate, log_probs
 from fleet.methods import Somf
@@ -71,11 +69,11 @@ class Bench:
 
     def log_probs(self, preferences: Texts, name: str, compute: Compute = COMPUTE) -> str:
         output = Output(self.store, name)
-        unit = LogProbsTask(str(self.root / "aligned"), preferences, 32, "float32", compute, output)
-        log_probs(unit, ALONE, CPU)
+        task = LogProbsTask(str(self.root / "aligned"), preferences, 32, "float32", compute, output)
+        log_probs(task, ALONE, CPU)
         return str(self.work / "store" / name)
 
-    def unit(
+    def task(
         self,
         out: str,
         training: dict[str, Any],
@@ -103,18 +101,18 @@ class Bench:
             prompts=prompts, compute=compute, output=Output(self.store, f"{out}/attempt"),
         )  # fmt: skip
 
-    def bytes(self, unit: MaskTask) -> bytes:
-        return (self.work / "store" / unit.output.prefix / MASK_FILE).read_bytes()
+    def bytes(self, task: MaskTask) -> bytes:
+        return (self.work / "store" / task.output.prefix / MASK_FILE).read_bytes()
 
-    def logits(self, unit: MaskTask) -> dict[str, torch.Tensor]:
-        return load(self.bytes(unit))
+    def logits(self, task: MaskTask) -> dict[str, torch.Tensor]:
+        return load(self.bytes(task))
 
 
 @dataclass(frozen=True)
 class Done:
     """A training that ended, and all it told."""
 
-    unit: MaskTask
+    task: MaskTask
     record: Trained
     told: list[dict[str, float]]
 
@@ -123,14 +121,14 @@ class Done:
         return dict(self.record.result)
 
 
-def trained(unit: MaskTask, report: Callable[[dict[str, float]], None] = ignored) -> Done:
+def trained(task: MaskTask, report: Callable[[dict[str, float]], None] = ignored) -> Done:
     told: list[dict[str, float]] = []
 
     def hear(measured: dict[str, float]) -> None:
         told.append(measured)
         report(measured)
 
-    return Done(unit, learn_mask(unit, ALONE, CPU, hear), told)
+    return Done(task, learn_mask(task, ALONE, CPU, hear), told)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,7 @@ def bench(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def done(bench: Bench) -> Done:
     """One training that nothing disturbed, dense and on a full fine-tune."""
-    return trained(bench.unit("undisturbed", {}))
+    return trained(bench.task("undisturbed", {}))
 
 
 # -- the reference -----------------------------------------------------------------------------------------------------
@@ -166,7 +164,7 @@ def test_cached_log_probs_are_those_of_the_aligned_model_on_each_text_alone(benc
 
 def test_evaluation_of_a_uniform_mask_is_that_of_the_fine_tuned_model(bench: Bench) -> None:
     """DPO's margins, loss and accuracy by hand, on the pairs held out: positive where the chosen reply gained."""
-    still = trained(bench.unit("still", {"learning_rate": 1e-9, "steps": 1}))
+    still = trained(bench.task("still", {"learning_rate": 1e-9, "steps": 1}))
     gained = by_hand(bench.root / "full") - by_hand(bench.root / "aligned")
     margin = (gained[0] - gained[1])[split(ROWS, 0.25)[1]]
     best = still.result["best"]
@@ -178,7 +176,7 @@ def test_evaluation_of_a_uniform_mask_is_that_of_the_fine_tuned_model(bench: Ben
 
 def test_mask_that_keeps_nothing_prefers_nothing_over_the_reference(bench: Bench) -> None:
     """θ is the aligned model then: margins are 0, and DPO's loss is log 2."""
-    told = trained(bench.unit("nothing", {"steps": 1}, initial_logit=-200.0)).told
+    told = trained(bench.task("nothing", {"steps": 1}, initial_logit=-200.0)).told
     assert sorted(told[0]) == ["accuracy", "density", "learning_rate", "loss", "margin", "step"]
     for measured, prefix in zip(told, ("", "held_out."), strict=True):
         assert measured[f"{prefix}loss"] == pytest.approx(math.log(2.0), abs=1e-4)
@@ -190,7 +188,7 @@ def test_mask_that_keeps_nothing_prefers_nothing_over_the_reference(bench: Bench
 
 
 def test_training_lowers_the_loss_on_what_it_has_not_seen(bench: Bench, done: Done) -> None:
-    still = trained(bench.unit("before", {"learning_rate": 1e-9, "steps": 1}))
+    still = trained(bench.task("before", {"learning_rate": 1e-9, "steps": 1}))
     before, after = still.result["best"], done.result["best"]
     assert after["loss"] < 0.8 * before["loss"]
     assert after["margin"] > before["margin"] and after["accuracy"] >= before["accuracy"]
@@ -198,11 +196,11 @@ def test_training_lowers_the_loss_on_what_it_has_not_seen(bench: Bench, done: Do
 
 def test_training_on_a_fleet_with_masks_apart_lowers_the_held_out_loss(bench: Bench) -> None:
     average = WeightAverage(method="weight_average")
-    unit = bench.unit("fleet", {"steps": 9}, ("lora", "full"), average, mask="rows_and_columns", shared=False)
-    result = trained(unit)
+    task = bench.task("fleet", {"steps": 9}, ("lora", "full"), average, mask="rows_and_columns", shared=False)
+    result = trained(task)
     evaluations: Any = result.result["evaluations"]
     assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    owners = {name.split("/")[0] for name in bench.logits(unit)}
+    owners = {name.split("/")[0] for name in bench.logits(task)}
     assert owners == {"lora", "full"}
 
 
@@ -213,7 +211,7 @@ def test_record_tells_the_best_every_evaluation_and_how_much_is_kept(bench: Benc
     assert result["best"] == min(result["evaluations"], key=lambda e: e["loss"])
     assert set(result["best"]) == {"step", "loss", "accuracy", "margin", "density", "divergence"}
     assert result["best"]["divergence"] is None
-    logits = bench.logits(done.unit)
+    logits = bench.logits(done.task)
     assert result["num_logits"] == sum(t.numel() for t in logits.values())
     above = sum(int((t >= 0).sum()) for t in logits.values())
     assert result["share_above_half"] == pytest.approx(above / result["num_logits"])
@@ -224,34 +222,34 @@ def test_every_update_and_evaluation_is_told_in_order(done: Done) -> None:
     evaluations = [t["step"] for t in done.told if "held_out.loss" in t]
     assert updates == [*range(1, 13)] and evaluations == [3, 6, 9, 12]
     assert [t["learning_rate"] for t in done.told if "loss" in t] == [
-        learning_rate(done.unit.method.training, step) for step in range(12)
+        learning_rate(done.task.method.training, step) for step in range(12)
     ]
 
 
 def test_mask_file_holds_float32_logits_by_tensor_and_says_what_they_are(bench: Bench, done: Done) -> None:
-    logits = bench.logits(done.unit)
+    logits = bench.logits(done.task)
     aligned = load_all(bench.root / "aligned")
     assert {n: t.shape for n, t in logits.items()} == {
         f"*/{n}/entries": t.shape for n, t in aligned.items() if f"*/{n}/entries" in logits
     }
     assert f"*/{'model.embed_tokens.weight'}/entries" in logits
     assert {t.dtype for t in logits.values()} == {torch.float32}
-    about = json.loads((bench.work / "store" / done.unit.output.prefix / MASK_JSON).read_text())
+    about = json.loads((bench.work / "store" / done.task.output.prefix / MASK_JSON).read_text())
     expected = {"mask": "dense", "models": ["full"], "shared": True, "temperature": 0.5, "seed": 0}
     assert about.pop("rule") and about == expected
     assert set(done.record.files) == {MASK_FILE, MASK_JSON}
-    assert done.record.files[MASK_FILE].num_bytes == len(bench.bytes(done.unit))
+    assert done.record.files[MASK_FILE].num_bytes == len(bench.bytes(done.task))
 
 
 def test_sparsity_weight_lowers_what_is_kept(bench: Bench, done: Done) -> None:
-    pressed = trained(bench.unit("pressed", {"sparsity_weight": 1000.0}))
+    pressed = trained(bench.task("pressed", {"sparsity_weight": 1000.0}))
     assert pressed.result["evaluations"][-1]["density"] < 0.6 * done.result["evaluations"][-1]["density"]
 
 
 def test_utility_weight_keeps_the_model_nearer_to_what_it_was(bench: Bench) -> None:
     """The same training, measured alike; the first only measures."""
     free, held = (
-        trained(bench.unit(f"utility-{mu}", {"divergence_max": 1e9, "utility_weight": mu})).result["evaluations"][-1]
+        trained(bench.task(f"utility-{mu}", {"divergence_max": 1e9, "utility_weight": mu})).result["evaluations"][-1]
         for mu in (0.0, 30.0)
     )
     assert 0.0 < held["divergence"] < 0.7 * free["divergence"]
@@ -263,9 +261,9 @@ def test_utility_is_weighed_against_the_preferences(bench: Bench) -> None:
     compute = replace(COMPUTE, checkpoint_every=1)
     for mu in (0.0, 1.0, 3.0):
         training = {"steps": 1, "divergence_max": 1e9, "utility_weight": mu}
-        unit = bench.unit(f"weight-{mu}", training, ("lora",), mask="rank", compute=compute)
-        trained(unit)
-        moments.append(load_file(bench.work / "store" / unit.state / "b.safetensors"))
+        task = bench.task(f"weight-{mu}", training, ("lora",), mask="rank", compute=compute)
+        trained(task)
+        moments.append(load_file(bench.work / "store" / task.state / "b.safetensors"))
     without, one, three = moments
     for name in without:
         if name.endswith("/exp_avg"):
@@ -278,8 +276,8 @@ def test_divergence_of_a_fleet_is_the_mean_over_its_members(bench: Bench) -> Non
     """Under a mask that keeps nothing: each member's own from the aligned model, on all of its prompts."""
     training = {"steps": 1, "utility_weight": 1.0, "batch_size": 32}
     average = WeightAverage(method="weight_average")
-    alone = [trained(bench.unit(f"apart-{n}", training, (n,), initial_logit=-200.0)).told for n in ("lora", "full")]
-    fleet = trained(bench.unit("together", training, ("lora", "full"), average, initial_logit=-200.0)).told
+    alone = [trained(bench.task(f"apart-{n}", training, (n,), initial_logit=-200.0)).told for n in ("lora", "full")]
+    fleet = trained(bench.task("together", training, ("lora", "full"), average, initial_logit=-200.0)).told
     for told, one, two in zip(fleet, *alone, strict=True):
         name = "divergence" if "divergence" in told else "held_out.divergence"
         assert one[name] != pytest.approx(two[name], rel=0.05)
@@ -305,19 +303,19 @@ def killed_at(step: int) -> Callable[[dict[str, float]], None]:
 @pytest.mark.parametrize("kill", [2, 7, 9])
 def test_training_killed_and_run_again_learns_the_same_bits(bench: Bench, done: Done, kill: int) -> None:
     """From the last checkpoint, every fourth update; the evaluations before it are not made again."""
-    unit = bench.unit(f"killed-{kill}", {})
+    task = bench.task(f"killed-{kill}", {})
     with pytest.raises(KilledError):
-        trained(unit, killed_at(kill))
-    again = trained(unit)
+        trained(task, killed_at(kill))
+    again = trained(task)
     start = kill - 1 - (kill - 1) % 4
     assert [t["step"] for t in again.told if "loss" in t] == [*range(start + 1, 13)]
-    assert bench.bytes(unit) == bench.bytes(done.unit)
+    assert bench.bytes(task) == bench.bytes(done.task)
     assert again.record == done.record
 
 
 def test_training_that_is_over_only_writes_its_mask_again(bench: Bench, done: Done) -> None:
     """A driver that was killed before it had written the record: another attempt, the same state."""
-    again = trained(replace(done.unit, output=Output(bench.store, "undisturbed/second")))
+    again = trained(replace(done.task, output=Output(bench.store, "undisturbed/second")))
     assert again.told == [] and again.record == done.record
 
 
@@ -325,7 +323,7 @@ def test_last_checkpoint_is_whole_while_the_next_is_written(
     bench: Bench, done: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between a checkpoint's tensors and the word that they are there."""
-    unit = bench.unit("torn", {})
+    task = bench.task("torn", {})
     store_class = type(open_store(bench.store))
     original = store_class.replace
 
@@ -337,10 +335,10 @@ def test_last_checkpoint_is_whole_while_the_next_is_written(
     with monkeypatch.context() as patch:
         patch.setattr(store_class, "replace", torn)
         with pytest.raises(KilledError):
-            trained(unit)
-    again = trained(unit)
+            trained(task)
+    again = trained(task)
     assert next(t["step"] for t in again.told) == 5
-    assert bench.bytes(unit) == bench.bytes(done.unit)
+    assert bench.bytes(task) == bench.bytes(done.task)
 
 
 # -- how it is computed ------------------------------------------------------------------------------------------------
@@ -353,7 +351,7 @@ def test_batches_in_parts_learn_what_whole_ones_do(bench: Bench, compute: Comput
     """Preferences and task prompts; a rank mask, whose few logits all have gradients well above rounding."""
     training = {"steps": 3, "utility_weight": 0.5, "batch_size": 8}
     whole, parts = (
-        bench.unit(f"parts-{c.micro_batch}-{name}", training, ("lora",), compute=c, mask="rank")
+        bench.task(f"parts-{c.micro_batch}-{name}", training, ("lora",), compute=c, mask="rank")
         for name, c in (("whole", COMPUTE), ("parts", compute))
     )
     first, second = trained(whole), trained(parts)
@@ -371,11 +369,11 @@ def test_two_workers_take_the_gradients_of_one(bench: Bench) -> None:
     """
     training = {"steps": 3, "utility_weight": 0.5, "batch_size": 5, "learning_rate": 1e-6}
     compute = replace(COMPUTE, checkpoint_every=2)
-    units = [bench.unit(f"{n}-workers", training, mask="rows_and_columns", compute=compute) for n in (1, 2)]
-    (one, two) = units
+    tasks = [bench.task(f"{n}-workers", training, mask="rows_and_columns", compute=compute) for n in (1, 2)]
+    (one, two) = tasks
     alone = trained(one)
-    mp.spawn(_worker, (two, _free_port()), nprocs=2)
-    states = [load_file(bench.work / "store" / u.state / "b.safetensors") for u in units]
+    mp.spawn(_worker, (two,), nprocs=2)
+    states = [load_file(bench.work / "store" / t.state / "b.safetensors") for t in tasks]
     assert set(states[0]) == set(states[1])
     for name, value in states[0].items():
         if name.endswith("/exp_avg"):
@@ -386,10 +384,10 @@ def test_two_workers_take_the_gradients_of_one(bench: Bench) -> None:
         assert found["best"][field] == pytest.approx(result["best"][field], rel=1e-3, abs=1e-4)
 
 
-def _worker(rank: int, unit: MaskTask, port: int) -> None:
+def _worker(rank: int, task: MaskTask) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    rendezvous = Path(task.output.store, f"{task.step}-rendezvous")
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     group = Group(rank, 2, init_device_mesh("cpu", (2,)))
     write = fleet.masks.training.write_tensors
 
@@ -399,11 +397,11 @@ def _worker(rank: int, unit: MaskTask, port: int) -> None:
         return write(*args[:3], iter(values))
 
     fleet.masks.training.write_tensors = slow
-    record = learn_mask(unit, group, CPU, ignored)
+    record = learn_mask(task, group, CPU, ignored)
     if rank == 0:
-        open_store(unit.output.store).replace(f"{unit.state}/record.json", json.dumps(record.result).encode())
+        open_store(task.output.store).replace(f"{task.state}/record.json", json.dumps(record.result).encode())
     else:
-        assert record == Trained()
+        assert record == NOTHING
     dist.barrier()
     dist.destroy_process_group()
 
@@ -420,17 +418,17 @@ def turned(rows: list[dict[str, str]], share: float) -> list[dict[str, str]]:
 def worsening(bench: Bench) -> tuple[Done, dict[int, dict[str, torch.Tensor]]]:
     """A training whose evaluations get worse, and its logits after each of its evaluations."""
     compute = replace(COMPUTE, checkpoint_every=3)
-    unit = bench.unit("worse", {"steps": 30, "patience": 2}, rows=turned(ROWS, 0.25), compute=compute)
+    task = bench.task("worse", {"steps": 30, "patience": 2}, rows=turned(ROWS, 0.25), compute=compute)
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
     def look(measured: dict[str, float]) -> None:
-        data = open_store(bench.store).read(f"{unit.state}/state.json")
+        data = open_store(bench.store).read(f"{task.state}/state.json")
         if data is not None:
             state = json.loads(data)
-            whole = load_file(bench.work / "store" / unit.state / state["file"])
+            whole = load_file(bench.work / "store" / task.state / state["file"])
             seen.setdefault(state["step"], {n: t for n, t in whole.items() if "/exp_avg" not in n})
 
-    return trained(unit, look), seen
+    return trained(task, look), seen
 
 
 def test_training_stops_after_patience_evaluations_without_a_better_one(worsening: tuple[Done, Any]) -> None:
@@ -441,27 +439,27 @@ def test_training_stops_after_patience_evaluations_without_a_better_one(worsenin
 
 def test_mask_written_is_the_best_evaluations_and_not_the_last(bench: Bench, worsening: tuple[Done, Any]) -> None:
     done, seen = worsening
-    found = bench.logits(done.unit)
+    found = bench.logits(done.task)
     assert set(seen) >= {3, 6}
     assert all(torch.equal(found[name], value) for name, value in seen[3].items())
     assert not all(torch.equal(found[name], value) for name, value in seen[6].items())
 
 
 def test_training_that_holds_nothing_out_writes_its_last_mask(bench: Bench) -> None:
-    unit = bench.unit("all", {"held_out": 0.0, "steps": 4}, ("lora",), mask="rank")
-    done = trained(unit)
+    task = bench.task("all", {"held_out": 0.0, "steps": 4}, ("lora",), mask="rank")
+    done = trained(task)
     assert done.result["best"] is None and done.result["evaluations"] == []
-    state = load_file(bench.work / "store" / unit.state / "b.safetensors")
-    assert all(torch.equal(value, state[name]) for name, value in bench.logits(unit).items())
+    state = load_file(bench.work / "store" / task.state / "b.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in bench.logits(task).items())
 
 
 def test_mask_over_the_divergence_limit_is_never_the_best(bench: Bench) -> None:
     """The loss falls while the divergence grows; a limit between two evaluations excludes the later."""
-    wide = trained(bench.unit("wide", {"divergence_max": 1e9})).result["evaluations"]
+    wide = trained(bench.task("wide", {"divergence_max": 1e9})).result["evaluations"]
     grown = [e["divergence"] for e in wide]
     assert wide[-1]["loss"] < wide[0]["loss"] and grown[0] < grown[-1]
     limit = (grown[0] + grown[-1]) / 2.0
-    narrow = trained(bench.unit("narrow", {"divergence_max": limit})).result
+    narrow = trained(bench.task("narrow", {"divergence_max": limit})).result
     assert [e["divergence"] for e in narrow["evaluations"]] == grown
     allowed = [e for e in wide if e["divergence"] <= limit]
     assert narrow["best"] == min(allowed, key=lambda e: e["loss"])
@@ -479,18 +477,18 @@ def test_loss_that_is_no_number_fails_and_names_the_update(bench: Bench, monkeyp
 
     monkeypatch.setattr(fleet.masks.training, "dpo_losses", failing)
     with pytest.raises(StepFailedError, match=r"update 3 is nan; lower training\.learning_rate"):
-        trained(bench.unit("nan", {"held_out": 0.0}, ("lora",), mask="rank"))
+        trained(bench.task("nan", {"held_out": 0.0}, ("lora",), mask="rank"))
 
 
 def test_factor_mask_on_an_adapter_of_another_start_is_refused(bench: Bench) -> None:
     with pytest.raises(CheckpointError, match=r"models: stranger did not start from base\.safety \(the cosine"):
-        trained(bench.unit("stranger", {}, ("stranger",), mask="factor", safety=True))
+        trained(bench.task("stranger", {}, ("stranger",), mask="factor", safety=True))
 
 
 def test_factor_mask_on_an_adapter_that_continues_is_learned(bench: Bench) -> None:
-    unit = bench.unit("continued", {"steps": 1}, ("continued",), mask="factor", safety=True)
-    trained(unit)
-    parts = {name.rsplit("/", 1)[1] for name in bench.logits(unit)}
+    task = bench.task("continued", {"steps": 1}, ("continued",), mask="factor", safety=True)
+    trained(task)
+    parts = {name.rsplit("/", 1)[1] for name in bench.logits(task)}
     assert parts == {"a", "b"}
 
 
@@ -547,9 +545,3 @@ def by_hand(folder: Path) -> torch.Tensor:
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
