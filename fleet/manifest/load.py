@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fleet.core.errors import ManifestError
 from fleet.manifest.schema import Manifest, refuse_duplicates
@@ -57,22 +55,18 @@ def parse(kind: type[_Model], document: object, root: Path, where: str) -> _Mode
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A key given twice is a mistake that JSON readers hide by keeping the last."""
+    """Refuse an object with a key twice, of which Python would silently keep the last."""
     refuse_duplicates("object", [key for key, _ in pairs])
     return dict(pairs)
 
 
-def _problem(error: object) -> str:
-    match error:
-        case {"loc": loc, "msg": str(message), "type": str(kind)}:
-            field = ".".join(str(part) for part in loc)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-            if kind == "extra_forbidden":
-                return f"{field}: unknown field; remove it or correct its name"
-            if kind == "missing":
-                return f"{field}: missing"
-            return f"{field}: {message}" if field else message.removeprefix("Value error, ")
-        case _:
-            raise AssertionError(f"not a pydantic error: {error!r}")
+def _problem(error: ErrorDetails) -> str:
+    field, message = ".".join(str(part) for part in error["loc"]), error["msg"]
+    if error["type"] == "extra_forbidden":
+        return f"{field}: unknown field; remove it or correct its name"
+    if error["type"] == "missing":
+        return f"{field}: missing"
+    return f"{field}: {message}" if field else message.removeprefix("Value error, ")
 
 
 def manifest_schema() -> str:

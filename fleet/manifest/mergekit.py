@@ -1,14 +1,14 @@
-"""A mergekit configuration -> a manifest, so that a merge somebody has already can be run, realigned and scored here.
+"""A mergekit configuration -> a manifest, so that a merge which exists already can be run, realigned and scored here.
 
     python -m fleet.realign --from-mergekit config.yml --unaligned org/pretrained > models.json
     python -m fleet.realign --manifest models.json --dry-run
 
-The merge becomes one variant with `realign: null`; add variants that realign to it. Weights, densities and the like
-become schedules: a number, a gradient over the layers, or rules by tensor name; a model's own come before the slice's
-and the configuration's, as in mergekit. `base_model` becomes `base.aligned`. mergekit knows no unaligned model: name it
-with `--unaligned`, or replace `unset://base.unaligned` in what is printed; a run refuses it. Hub models are to be
-pinned to a commit. What changes nothing, here or in mergekit, is left out with a remark on stderr. What would change
-the fused weights and has no equal here is refused, and so is what mergekit itself would not run.
+The merge becomes one variant with `realign: null`, to which you add variants that realign. Weights, densities and the
+like become schedules: a number, a gradient over the layers, or rules by tensor name. A model's own come first, then its
+slice's, then the configuration's, as in mergekit. `base_model` becomes `base.aligned`. mergekit has no unaligned model:
+name it with `--unaligned`, or replace `unset://base.unaligned` in what is printed, which a run refuses. A run wants Hub
+models pinned to a commit. A setting that changes nothing, here or in mergekit, is left out with a remark on stderr.
+One that would change the fused weights but has no equal here is refused, and so is what mergekit itself would not run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,25 +29,37 @@ from fleet.manifest import Manifest, parse
 from fleet.manifest.schema import RESERVED_NAMES
 
 Numbers: TypeAlias = float | list[float]
-Setting: TypeAlias = Numbers | list[dict[str, Any]]
-"""A schedule as a manifest has it: a number, a gradient or rules."""
+"""A number, or a gradient over the layers."""
+
+
+class Rule(TypedDict):
+    """The value in tensors whose name contains the filter; without one, in all that no rule before it matches."""
+
+    filter: NotRequired[str]
+    value: Numbers
+
+
+Setting: TypeAlias = Numbers | list[Rule]
+"""A schedule, as a manifest has it."""
 
 UNSET = "unset://base.{}"
-"""Stands for a base model that isn't known: no source has such an address, so a run refuses it by name."""
+"""The address of a base model that isn't known. A run refuses it by name, because no source has such an address."""
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Conversion(NamedTuple):
-    """A manifest, as a document, and what there is to say about it."""
+    """A configuration as a manifest."""
 
     manifest: dict[str, Any]
+    """The manifest's JSON document."""
     remarks: list[str]
+    """What the user has to fill in, and what was left out or is done another way: a line each."""
 
 
 def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
-    """Read a mergekit configuration and give the manifest of the same merge, checked.
+    """The manifest of a mergekit configuration's merge; it keeps to the schema.
 
     Args:
         unaligned: the model the configuration's base model was aligned from.
@@ -66,8 +78,7 @@ def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
     if unaligned is None:
         merge.remarks.append("base.unaligned: set it to the model the aligned one was aligned from (--unaligned)")
     names = _names([i.model for i in inputs])
-    fuse = {key: _renamed(value, names) if isinstance(value, dict) else value for key, value in fuse.items()}
-    document = {
+    document: dict[str, Any] = {
         "schema": 1,
         "name": _name(merge.config.name or path.stem),
         "base": {
@@ -75,7 +86,7 @@ def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
             "aligned": aligned,
         },
         "models": [{"name": names[i.model], "source": merge.source(f"models: {i.model}", i.model)} for i in inputs],
-        "variants": [{"name": merge.config.merge_method, "realign": None, "fuse": fuse}],
+        "variants": [{"name": merge.config.merge_method, "realign": None, "fuse": _renamed(fuse, names)}],
         "evaluation": {"harmfulness": ["demo_harmful"], "judge": {"kind": "rule"}},
         "artifacts": "artifacts",
     }
@@ -89,13 +100,15 @@ def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
 # -- the configuration ---------------------------------------------------------------------------------------------
 
 
-class Part(BaseModel):
+class _Parametrised(BaseModel):
+    """What may have parameters; the values are checked when a method asks for them."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, object] | None = None
 
 
-class _Input(Part):
+class _Input(_Parametrised):
     model: str
 
 
@@ -103,7 +116,7 @@ class _Source(_Input):
     layer_range: tuple[int, int]
 
 
-class _Slice(Part):
+class _Slice(_Parametrised):
     sources: list[_Source] = Field(min_length=1)
     base_model: str | None = None
 
@@ -112,17 +125,17 @@ class _Tokenizer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = "union"
-    tokens: dict[str, Any] | None = None
+    tokens: dict[str, object] | None = None
     pad_to_multiple_of: int | None = None
 
 
-class _Config(Part):
+class _Config(_Parametrised):
     merge_method: str
     name: str | None = None
     base_model: str | None = None
     models: list[_Input] | None = None
     slices: list[_Slice] | None = None
-    modules: dict[str, Any] | None = None
+    modules: dict[str, object] | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -132,18 +145,19 @@ class _Config(Part):
 
 @dataclass
 class _Merge:
-    """A configuration whose models all merge whole, and what has been read of it."""
+    """A configuration that merges whole models, and what has been read of it so far."""
 
     path: Path
     config: _Config
     base: str | None
+    """`base_model`, as the configuration or its slice gives it."""
     inputs: list[_Input]
-    """Every model listed, the base model too if it is."""
-    shared: list[tuple[str, Mapping[str, Any]]]
-    """Where parameters for all models are given, the most particular first: what messages call it, and they."""
-    remarks: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
-    """Names of the parameters the method has."""
+    """Every model listed; the base model may be among them."""
+    shared: list[tuple[str, Mapping[str, object]]]
+    """Parameters for all models: what messages call their place, and the parameters. The slice's come first."""
+    remarks: list[str] = field(default_factory=list[str])
+    used: set[str] = field(default_factory=set[str])
+    """Names of the parameters that were asked for; others change nothing."""
 
     @property
     def method(self) -> str:
@@ -160,7 +174,7 @@ class _Merge:
     # -- sources -------------------------------------------------------------------------------------------------
 
     def source(self, where: str, reference: str) -> str:
-        """The address of what mergekit calls `path`, `org/name@revision` or `model+lora`."""
+        """The address, as a manifest has it, of what mergekit calls `path`, `org/name@revision` or `model+lora`."""
         model, _, lora = reference.partition("+")
         if lora and model != self.base:
             raise self.error(where, f"a LoRA has to be on the base model; set base_model: {model}, or merge it first")
@@ -178,11 +192,11 @@ class _Merge:
     # -- parameters ----------------------------------------------------------------------------------------------
 
     def schedule(self, name: str, model: _Input | None, default: float | None) -> Setting:
-        """A parameter's value over the tensors: the first rule that matches, of the model, the slice and the whole.
+        """A parameter's value in every tensor: by the first rule that matches, the model's own before the others.
 
         Args:
-            model: whose; None for a parameter that is given once for all models.
-            default: mergekit's, where no rule matches; None if it has none.
+            model: whose parameter it is; None for one that is given once for all models.
+            default: mergekit's, where no rule matches; None where mergekit has none either.
         """
         given = self._given(name, model)
         rules = [rule for where, setting in given for rule in self._rules(where, setting)]
@@ -192,11 +206,11 @@ class _Merge:
                 where = f"models: {model.model}: parameters.{name}" if model else f"parameters.{name}"
                 lacks = "its rules leave tensors out; end them with one without a filter" if rules else "missing"
                 raise self.error(where, f"{lacks}; {self.method} needs it for every tensor")
-            rules, end = [*rules, {"value": default}], len(rules)
+            rules, end = [*rules, Rule(value=default)], len(rules)
         return rules[0]["value"] if end == 0 else rules[: end + 1]
 
     def _given(self, name: str, model: _Input | None) -> list[tuple[str, object]]:
-        """Where a parameter is given, the most particular first, and as what."""
+        """Where a parameter is given, and its setting there: the model's own first, then the slice's, then the rest."""
         self.used.add(name)
         own = [i for i in self.inputs if name in (i.parameters or {}) and model in (None, i)]
         if model is None and own:
@@ -210,13 +224,13 @@ class _Merge:
         ]
 
     def by_model(self, name: str, default: float) -> Setting | dict[str, Setting]:
-        """A parameter that mergekit has for each model; once, where it is the same for all."""
+        """A parameter that each model may have its own of: by model, or one setting where all have the same."""
         found = {i.model: self.schedule(name, i, default) for i in self.members}
         (first, *others) = found.values()
         return found if any(other != first for other in others) else first
 
     def common(self, name: str, default: float) -> Setting:
-        """A parameter that mergekit has for each model and we have once."""
+        """A parameter that each model may have its own of in mergekit, but all share here."""
         (first, *others) = self.members
         found = self.schedule(name, first, default)
         for other in others:
@@ -229,13 +243,13 @@ class _Merge:
         return found
 
     def number(self, name: str, setting: Setting) -> float:
-        """A setting that is one number."""
+        """Refuse a setting that isn't one number."""
         if isinstance(setting, list):
             raise self.error(f"parameters.{name}", f"{self.method} has one number for all tensors here, not a schedule")
         return setting
 
     def flag(self, name: str, default: bool) -> bool:
-        """A parameter for all models that is on or off."""
+        """A parameter that is true or false, for all models."""
         for where, value in self._given(name, None):
             if not isinstance(value, bool):
                 raise self.error(where, "true or false is expected")
@@ -243,7 +257,7 @@ class _Merge:
         return default
 
     def only(self, name: str, value: bool) -> None:
-        """Refuse a parameter that is not what it always is here."""
+        """Refuse a parameter that isn't `value`, which is the only one it can have here."""
         if self.flag(name, value) != value:
             raise self.error(
                 f"parameters.{name}", f"{self.method} has it always {str(value).lower()} here; leave it out"
@@ -253,7 +267,7 @@ class _Merge:
         return {i.model: self.schedule("weight", i, None) for i in inputs}
 
     def dropped(self) -> list[str]:
-        """What was given and changes nothing."""
+        """Remarks on what was given but changes nothing."""
         own = [(f"models: {i.model}: parameters", i.parameters or {}) for i in self.inputs]
         given = [(where, name) for where, parameters in [*own, *self.shared] for name in parameters]
         remarks = [f"{where}.{name}: changes nothing here; left out" for where, name in given if name not in self.used]
@@ -262,33 +276,38 @@ class _Merge:
                 remarks.append(f"{name}: left out; sums are in float32, and the aligned model's dtypes are written")
         return remarks
 
-    def _rules(self, where: str, setting: object) -> list[dict[str, Any]]:
+    def _rules(self, where: str, setting: object) -> list[Rule]:
         """A setting as rules; the one that matches every tensor has no filter."""
-        if isinstance(setting, dict):
-            setting = [setting]
-        if not (isinstance(setting, list) and setting and isinstance(setting[0], dict)):
+        rules = _listed(setting) or [setting]
+        if not isinstance(rules[0], dict):
             return [{"value": self._numbers(where, setting)}]
-        rules: list[dict[str, Any]] = []
-        for rule in setting:
-            if not isinstance(rule, dict) or not {"value"} <= set(rule) <= {"filter", "value"}:
-                raise self.error(where, f"{rule}: a rule is a value and perhaps a filter")
-            named = {} if rule.get("filter") in (None, "*") else {"filter": str(rule["filter"])}
-            rules.append({**named, "value": self._numbers(where, rule["value"])})
-        return rules
+        return [self._rule(where, rule) for rule in rules]
+
+    def _rule(self, where: str, rule: object) -> Rule:
+        given = cast("dict[str, object]", rule) if isinstance(rule, dict) else {}
+        if not {"value"} <= set(given) <= {"filter", "value"}:
+            raise self.error(where, f"{rule}: a rule is a value and perhaps a filter")
+        numbers, name = self._numbers(where, given["value"]), given.get("filter")
+        return {"value": numbers} if name in (None, "*") else {"filter": str(name), "value": numbers}
 
     def _numbers(self, where: str, value: object) -> Numbers:
-        if isinstance(value, list) and value:
-            return [self._number(where, number) for number in value]
+        if numbers := _listed(value):
+            return [self._number(where, number) for number in numbers]
         return self._number(where, value)
 
     def _number(self, where: str, value: object) -> float:
         try:
-            number = float(str(value))  # YAML reads 1e-5 as a text
+            number = float(str(value))  # YAML reads 1e-5 as a string
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
             raise self.error(where, f"{value}: a number, a list of numbers or rules are expected")
         return value if isinstance(value, int) else number
+
+
+def _listed(value: object) -> list[object] | None:
+    """A list as YAML gives it; None for anything else."""
+    return cast("list[object]", value) if isinstance(value, list) else None
 
 
 def _read(path: Path) -> _Merge:
@@ -323,7 +342,7 @@ def _read(path: Path) -> _Merge:
 
 
 def _take_slices(merge: _Merge, slices: Sequence[_Slice]) -> None:
-    """One slice over all layers is the same as models."""
+    """Take a configuration's slice as its models, which is the same if there is one slice and it has all layers."""
     if len(slices) != 1:
         raise merge.error("slices", "models aren't put together from layers here; give one slice over all layers")
     (only,) = slices
@@ -342,7 +361,7 @@ def _take_slices(merge: _Merge, slices: Sequence[_Slice]) -> None:
 
 
 def _num_layers(model: str) -> int | None:
-    """Of a model in a local folder."""
+    """Of a model in a local folder; None for any other, which isn't looked at."""
     try:
         config = json.loads(Path(model).expanduser().joinpath("config.json").read_text())
         return config.get("num_hidden_layers", config.get("n_layer"))
@@ -374,13 +393,15 @@ def _vocabulary(merge: _Merge, names: Mapping[str, str]) -> str | dict[str, str]
 
 
 class _TaskVectors(NamedTuple):
-    """A method on task vectors: what we call it, and mergekit's defaults."""
+    """One of mergekit's methods on task vectors, with its defaults."""
 
     method: str
+    """What a manifest calls it."""
     elects: bool
+    """Whether entries are kept by an election of their sign, as in TIES."""
     normalize: bool
     rescale: bool | None = None
-    """None where nothing is dropped."""
+    """None for a method that drops no entries."""
 
 
 _TASK_VECTORS = {
@@ -395,11 +416,11 @@ _TASK_VECTORS = {
 }
 
 _Fuse: TypeAlias = tuple[list[_Input], dict[str, Any]]
-"""The models that take part, and `fuse`; what it has by model is still by the names mergekit has."""
+"""The models that take part, and the manifest's `fuse`, in which models still have mergekit's names."""
 
 
 def _linear(merge: _Merge) -> _Fuse:
-    """A mean of the models; without it the base model would be scaled too, unless the weights add up to 1."""
+    """A mean of the models. A sum that isn't one scales the base model too, which nothing here does."""
     weights = merge.weights(merge.inputs)
     if merge.flag("normalize", True):
         return merge.inputs, {"method": "weight_average", "weights": weights}
@@ -414,7 +435,7 @@ def _linear(merge: _Merge) -> _Fuse:
 
 
 def _add_up_to_one(weights: Sequence[Setting]) -> bool:
-    """Whether they do in every layer, as far as numbers and gradients of one length tell."""
+    """Whether they do in every layer. Known for numbers and gradients of one length; taken as no for all others."""
     gradients = [weight for weight in weights if isinstance(weight, list)]
     if len({len(gradient) for gradient in gradients}) > 1 or any(isinstance(part[0], dict) for part in gradients):
         return False
@@ -442,7 +463,7 @@ def _task_vectors(merge: _Merge) -> _Fuse:
 
 
 def _sparse(merge: _Merge, method: str) -> dict[str, Any]:
-    """What is left out of the task vectors; mergekit leaves out nothing where no density is given."""
+    """The settings for which entries of the task vectors are dropped: none, where no density is given."""
     density = merge.by_model("density", 1.0)
     if method == "ties":
         return {"density": density, "trim": "tensor"}
@@ -467,7 +488,7 @@ def _without(share: Setting) -> Setting:
 
 
 def _normalized(merge: _Merge, weights: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Weights that add up to 1."""
+    """The weights, divided by their sum."""
     if any(isinstance(weight, list) for weight in weights.values()):
         raise merge.error(
             "parameters.normalize", "true needs plain numbers as weights here; or take merge_method linear"
@@ -494,7 +515,7 @@ def _all_numbers(setting: Setting) -> list[float]:
 
 
 def _slerp(merge: _Merge) -> _Fuse:
-    """From the base model, which is one of the two: its task vector is zero, so the way is straight."""
+    """From the base model to another. The base model's task vector is zero, so the arc between the two is a line."""
     _need_base(merge)
     if len(merge.members) != 1:
         raise merge.error("models", f"slerp goes from base_model to one other model, not to {len(merge.members)}")
@@ -574,12 +595,14 @@ _REFUSED = {
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
-def _renamed(by_model: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    return {names[model]: value for model, value in by_model.items()}
+def _renamed(fuse: Mapping[str, object], names: Mapping[str, str]) -> dict[str, object]:
+    """`fuse` with the manifest's names in all settings by model."""
+    by_model = {key: cast("dict[str, object]", value) for key, value in fuse.items() if isinstance(value, dict)}
+    return {**fuse, **{key: {names[model]: v for model, v in value.items()} for key, value in by_model.items()}}
 
 
 def _names(models: Sequence[str]) -> dict[str, str]:
-    """A name of its own for each model, from the end of its path."""
+    """A name for each model, made of the end of its path; a number is added where two would be the same."""
     found: dict[str, str] = {}
     for model in models:
         name = _name(model.rpartition("+")[2].partition("@")[0].rstrip("/").rpartition("/")[2])

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from evals.config import Evaluation, Gates, check_early_stop
 from fleet.checkpoint.curvature import CurvatureKind
@@ -25,6 +20,7 @@ from fleet.fusion import AnyFusionMethod
 from fleet.methods import AnyRealignMethod
 
 RESERVED_NAMES = ("aligned", "unaligned", "safety")
+"""What the base models are called; no model of the catalogue may be."""
 
 
 def _absolute_tracking(value: str, info: ValidationInfo) -> str:
@@ -36,16 +32,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=8
 
 
 class Base(Frozen):
-    """The aligned model everything was tuned from, and what tells safety apart from it."""
+    """The aligned model that all models were tuned from, and the models that say what safety is in its weights."""
 
     unaligned: Uri
-    """The model the aligned one was aligned from: V = aligned − unaligned."""
+    """The model the aligned one was aligned from; the displacement V is aligned − unaligned."""
     aligned: Uri
     """The aligned model every model of the catalogue was fine-tuned from."""
     safety: Uri | None = None
     """A safety LoRA on the aligned model, for the methods that merge with one."""
     harmful: Uri | None = None
-    """A LoRA that made the aligned model harmful, for RESTA: its safety vector is the way back."""
+    """A LoRA that makes the aligned model harmful, for RESTA, whose safety vector is the way back from it."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -63,14 +59,17 @@ class ModelSpec(Frozen):
     suites: tuple[str, ...] = ()
     """The task suites this model was fine-tuned for."""
     prompts: Uri | None = None
-    """Prompts of its task with replies, JSON lines of prompt and response: what a learned mask is to leave alone."""
+    """Prompts of its task with replies, as JSON lines of `prompt` and `response`. A mask can be trained to leave what
+    the model says to them as it is."""
     fisher: Uri | None = None
-    """Folder with the diagonal of its Fisher information, tensors of its weights' names and shapes, for `fisher`."""
+    """Folder with the diagonal of its Fisher information, as tensors of its weights' names and shapes. The fusion
+    method `fisher` needs it."""
     gram: Uri | None = None
-    """Folder with Gram matrices of its Linears' inputs, (d_in, d_in), under the weights' names, for `regmean`."""
+    """Folder with the Gram matrices of its Linears' inputs, (d_in, d_in), under the weights' names. The fusion method
+    `regmean` needs it."""
 
     def curvature(self, kind: CurvatureKind) -> str | None:
-        """Where what a fusion method has to know of it is."""
+        """The folder given for a kind of curvature, if any."""
         return {"fisher": self.fisher, "gram": self.gram}[kind]
 
 
@@ -90,7 +89,7 @@ class Survey(Frozen):
     """What is measured of every task vector."""
 
     directions: int = Field(default=8, ge=0)
-    """How many of V's leading directions every task vector's energy is told apart in; methods may ask for more."""
+    """For how many of V's leading directions a task vector's energy in each is measured; methods may ask for more."""
 
 
 class Tracking(Frozen):
@@ -100,7 +99,7 @@ class Tracking(Frozen):
     """`sqlite:///file.db` or a server's address."""
     experiment: str = "fleet"
     register_as: Name | None = None
-    """Registered-model name of the fused variants; the best that passes the gates gets the alias `realigned`."""
+    """Name under which fused variants are registered; the best one that passes the gates gets the alias `realigned`."""
 
 
 class VocabularyOf(Frozen):
@@ -116,26 +115,27 @@ class Checkpoint(Frozen):
     shard_bytes: int = Field(default=2_000_000_000, gt=0)
     """A shard's tensors add up to at most this, unless one tensor alone is larger; one shard is one unit of work."""
     vocabulary: Literal["refuse", "aligned", "union"] | VocabularyOf = "refuse"
-    """What is done with models whose embeddings have other rows than the aligned one's. `refuse`: the run ends with the
-    list of them. Else rows are matched by token, and everything is in one vocabulary: `aligned` drops added tokens,
-    `union` appends those of all models, `{"model": NAME}` is that model's, with its numbering and tokenizer."""
+    """What is done with models whose embedding tables have other rows than the aligned model's. `refuse` ends the run
+    with a list of them. The others match rows by token and bring all models into one vocabulary: `aligned` drops added
+    tokens, `union` appends those of all models, `{"model": NAME}` takes that model's, with its numbering and tokenizer.
+    """
 
 
 class Placement(Frozen):
-    """Where and how wide the work runs. Never part of an identity: results are the same whatever stands here."""
+    """On how many workers the work runs, and what each takes. Part of no step's key: results don't depend on it."""
 
     workers: int = Field(default=2, ge=1)
     """Tensor workers: Ray actors that survey, realign, trim and fuse."""
     worker_cpus: float = Field(default=1.0, gt=0.0)
     worker_memory_bytes: int = Field(default=0, ge=0)
-    """Memory Ray reserves for each; 0 reserves none."""
+    """Memory that Ray reserves for each of them; 0 reserves none."""
     replicas: int = Field(default=1, ge=1)
     """vLLM replicas."""
     judges: int = Field(default=1, ge=1)
-    """vLLM replicas of a judge that is a model; each takes what a replica takes."""
+    """vLLM replicas of a judge that is a model; each takes as many CPUs and GPUs as a replica."""
     candidates_per_replica: int = Field(default=16, ge=1)
-    """Candidates a replica scores at once, mixed in its batches; as many adapters are in its memory. A judge that is no
-    model judges as many suites at once."""
+    """Candidates that a replica scores at the same time, in the same batches; as many adapters are in its memory. A
+    judge that isn't a model judges as many suites at the same time."""
     replica_cpus: float = Field(default=1.0, gt=0.0)
     replica_gpus: int = Field(default=0, ge=0)
     """GPUs of one replica, which is its tensor-parallel size; 0 runs on the CPU."""
@@ -146,21 +146,22 @@ class Placement(Frozen):
     training_workers: int = Field(default=1, ge=1)
     """Workers of one training, over which the model, its task vector and the logits are sharded."""
     training_cpus: float = Field(default=1.0, gt=0.0)
-    """CPUs of each."""
+    """CPUs of each worker of a training."""
     training_gpus: Literal[0, 1] = 0
-    """GPUs of each."""
+    """GPUs of each worker of a training."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Preference pairs or prompts per forward pass of a training worker; the rest of a batch is accumulated."""
+    """Preference pairs or prompts per forward pass of a training's worker; the gradients of a batch's passes are added.
+    Null takes the whole batch in one pass."""
     activation_checkpointing: bool = False
-    """Whether trainings compute activations again instead of keeping them."""
+    """Whether trainings compute activations again in the backward pass instead of keeping them: slower, less memory."""
     checkpoint_every: int = Field(default=40, ge=1)
     """Updates between a training's checkpoints."""
     training_timeout_seconds: float = Field(default=86400.0, gt=0.0)
-    """A training still running after this is taken for hung."""
+    """A training that runs longer is taken for hung."""
     retries: int = Field(default=3, ge=0)
     """How often a unit of work is tried again after its worker died."""
     unit_timeout_seconds: float = Field(default=3600.0, gt=0.0)
-    """A unit still running after this is taken for hung: its worker is killed and it is tried again."""
+    """A unit of work that runs longer is taken for hung: its worker is killed, and it is tried again."""
 
 
 class Manifest(Frozen):
@@ -181,43 +182,16 @@ class Manifest(Frozen):
     placement: Placement = Placement()
 
     @model_validator(mode="after")
-    def _names_agree(self) -> Manifest:
-        models = [m.name for m in self.models]
-        refuse_duplicates("models", models)
-        refuse_duplicates("variants", [v.name for v in self.variants])
-        if reserved := sorted(set(models) & set(RESERVED_NAMES)):
-            raise ValueError(f"models: {', '.join(reserved)} names a base model; choose another name")
-        vocabulary = self.checkpoint.vocabulary
-        if isinstance(vocabulary, VocabularyOf) and vocabulary.model not in models:
-            raise ValueError(
-                f"checkpoint.vocabulary: no model is named {vocabulary.model}; there are {', '.join(models)}"
-            )
+    def _parts_agree(self) -> Manifest:
+        self._check_names()
+        self._check_vocabulary()
         for variant in self.variants:
-            members = variant.models if variant.models is not None else tuple(models)
-            weights = variant.fuse.weights if variant.fuse else {}
             where = f"variants: {variant.name}"
-            refuse_duplicates(f"{where}: models", members)
-            if unknown := sorted(set(members) - set(models)):
-                raise ValueError(f"{where}: no model is named {', '.join(unknown)}; there are {', '.join(models)}")
-            if not members:
-                raise ValueError(f"{where}: models is empty; leave it out to take all")
-            if unknown := sorted(set(weights) - set(members)):
-                raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
-            constant = [w for m in members if isinstance(w := weights.get(m, 1.0), int | float)]
-            if weights and len(constant) == len(members) and sum(constant) <= 0.0:
-                raise ValueError(f"{where}: fuse.weights must add up to more than 0")
-            realign = variant.realign
+            self._check_members(where, variant)
+            self._check_weights(where, variant)
             self._check_mask(where, variant)
-            kind = variant.fuse.curvature if variant.fuse is not None else None
-            bare = [m.name for m in self.members(variant) if kind is not None and m.curvature(kind) is None]
-            if variant.fuse is not None and bare:
-                raise ValueError(
-                    f"{where}: {variant.fuse.method} needs models.{kind}, but {', '.join(bare)} has none; set it, or "
-                    "leave the model out of the variant's models"
-                )
-            for role in ("safety", "harmful"):
-                if realign is not None and role in realign.needs and getattr(self.base, role) is None:
-                    raise ValueError(f"{where}: {realign.method} needs a {role} adapter; set base.{role}")
+            self._check_curvature(where, variant)
+            self._check_adapters(where, variant)
         return self
 
     @model_validator(mode="after")
@@ -225,39 +199,78 @@ class Manifest(Frozen):
         check_early_stop(self.evaluation, self.gates)
         return self
 
+    def _check_names(self) -> None:
+        models = self._model_names
+        refuse_duplicates("models", models)
+        refuse_duplicates("variants", [v.name for v in self.variants])
+        if reserved := sorted(set(models) & set(RESERVED_NAMES)):
+            raise ValueError(f"models: {', '.join(reserved)} names a base model; choose another name")
+
+    def _check_vocabulary(self) -> None:
+        vocabulary, models = self.checkpoint.vocabulary, self._model_names
+        if isinstance(vocabulary, VocabularyOf) and vocabulary.model not in models:
+            raise ValueError(
+                f"checkpoint.vocabulary: no model is named {vocabulary.model}; there are {', '.join(models)}"
+            )
+
+    def _check_members(self, where: str, variant: Variant) -> None:
+        """The models a variant lists are models of the catalogue, each once, and not none."""
+        if variant.models is None:
+            return
+        refuse_duplicates(f"{where}: models", variant.models)
+        models = self._model_names
+        if unknown := sorted(set(variant.models) - set(models)):
+            raise ValueError(f"{where}: no model is named {', '.join(unknown)}; there are {', '.join(models)}")
+        if not variant.models:
+            raise ValueError(f"{where}: models is empty; leave it out to take all")
+
+    def _check_weights(self, where: str, variant: Variant) -> None:
+        """Fusion weights are of the variant's models, and don't add up to nothing."""
+        if variant.fuse is None or not variant.fuse.weights:
+            return
+        weights, members = variant.fuse.weights, variant.models or self._model_names
+        if unknown := sorted(set(weights) - set(members)):
+            raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
+        constant = [w for m in members if isinstance(w := weights.get(m, 1.0), int | float)]
+        if len(constant) == len(members) and sum(constant) <= 0.0:
+            raise ValueError(f"{where}: fuse.weights must add up to more than 0")
+
     def _check_mask(self, where: str, variant: Variant) -> None:
         method = variant.realign.mask_spec if variant.realign is not None else None
         if method is None:
             return
-        names = [m.name for m in self.members(variant)]
-        if method.learn_on == "fusion" and variant.fuse is None:
-            raise ValueError(f"{where}: realign.learn_on is fusion, but fuse is null; say how the models are fused")
-        if method.learn_on == "fusion" and variant.fuse is not None:
-            if not variant.fuse.is_entrywise:
-                raise ValueError(
-                    f"{where}: realign.learn_on is fusion, but {variant.fuse.method} needs whole matrices, and a "
-                    "training holds rows of them; learn on the models, or fuse entry by entry"
-                )
-            if variant.fuse.curvature is not None or variant.fuse.reads_aligned:
-                raise ValueError(
-                    f"{where}: realign.learn_on is fusion, but {variant.fuse.method} reads more than task vectors, "
-                    "which a training doesn't hold; learn on the models, or fuse with another method"
-                )
-            if variant.fuse.is_global:
-                raise ValueError(
-                    f"{where}: realign.learn_on is fusion, but fuse.trim is model, whose threshold moves with every "
-                    'draw of the mask; set fuse.trim to "tensor", or learn on the models'
-                )
-        if method.learned_on is not None:
-            if method.learned_on not in (m.name for m in self.models):
-                raise ValueError(f"{where}: realign.learned_on: no model is named {method.learned_on}")
-            names = [method.learned_on]
-        bare = [m.name for m in self.models if m.name in names and m.prompts is None]
+        if method.learn_on == "fusion":
+            _check_mask_of_fusion(where, variant.fuse)
+        if method.learned_on is not None and method.learned_on not in self._model_names:
+            raise ValueError(f"{where}: realign.learned_on: no model is named {method.learned_on}")
+        learners = [m.name for m in self.members(variant)] if method.learned_on is None else [method.learned_on]
+        bare = [m.name for m in self.models if m.name in learners and m.prompts is None]
         if method.reuse is None and method.training.uses_prompts and bare:
             raise ValueError(
                 f"{where}: realign.training measures the divergence on task prompts, but {', '.join(bare)} has none; "
                 "set models.prompts"
             )
+
+    def _check_curvature(self, where: str, variant: Variant) -> None:
+        """Every model has what the fusion method needs of it beside its weights."""
+        kind = variant.fuse.curvature if variant.fuse is not None else None
+        if variant.fuse is None or kind is None:
+            return
+        if bare := [m.name for m in self.members(variant) if m.curvature(kind) is None]:
+            raise ValueError(
+                f"{where}: {variant.fuse.method} needs models.{kind}, but {', '.join(bare)} has none; set it, or "
+                "leave the model out of the variant's models"
+            )
+
+    def _check_adapters(self, where: str, variant: Variant) -> None:
+        """The base has the adapters that the realign method needs."""
+        for role in ("safety", "harmful"):
+            if variant.realign is not None and role in variant.realign.needs and getattr(self.base, role) is None:
+                raise ValueError(f"{where}: {variant.realign.method} needs a {role} adapter; set base.{role}")
+
+    @property
+    def _model_names(self) -> Sequence[str]:
+        return [m.name for m in self.models]
 
     def members(self, variant: Variant) -> tuple[ModelSpec, ...]:
         """The models that take part in a variant, in the manifest's order."""
@@ -265,5 +278,30 @@ class Manifest(Frozen):
 
 
 def refuse_duplicates(where: str, names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a name is there twice; `where` is what the message calls them.
+    """
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ValueError(f"{where}: duplicate names: {', '.join(twice)}; give each its own")
+
+
+def _check_mask_of_fusion(where: str, fuse: AnyFusionMethod | None) -> None:
+    """A mask can be learned through the fusion: worker by worker on its own rows, of task vectors alone."""
+    if fuse is None:
+        raise ValueError(f"{where}: realign.learn_on is fusion, but fuse is null; say how the models are fused")
+    if not fuse.is_entrywise:
+        raise ValueError(
+            f"{where}: realign.learn_on is fusion, but {fuse.method} needs whole matrices, and a "
+            "training holds rows of them; learn on the models, or fuse entry by entry"
+        )
+    if fuse.curvature is not None or fuse.reads_aligned:
+        raise ValueError(
+            f"{where}: realign.learn_on is fusion, but {fuse.method} reads more than task vectors, "
+            "which a training doesn't hold; learn on the models, or fuse with another method"
+        )
+    if fuse.is_global:
+        raise ValueError(
+            f"{where}: realign.learn_on is fusion, but fuse.trim is model, whose threshold moves with every "
+            'draw of the mask; set fuse.trim to "tensor", or learn on the models'
+        )
