@@ -9,7 +9,8 @@ Source: Rafailov et al., "Direct preference optimization", arXiv 2305.18290, eq.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as torch's own documentation calls it
@@ -29,8 +30,12 @@ class Teacher(NamedTuple):
     """(n, C, k + 1), float32: of these tokens, and last of the rest."""
 
 
-def reply_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The logits that predict each token of the replies: (n, C, vocabulary), float32."""
+def reply_logits(model: Callable[..., Any], batch: Batch) -> torch.Tensor:
+    """The logits that predict each token of the replies: (n, C, vocabulary), float32.
+
+    Args:
+        model: a causal language model of transformers, or a function that is called like one.
+    """
     length, end = batch.labels.shape[1], batch.input_ids.shape[1]
     output = model(
         input_ids=batch.input_ids,
@@ -43,7 +48,7 @@ def reply_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return output.logits.float()
 
 
-def reply_log_probs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def reply_log_probs(model: Callable[..., Any], batch: Batch) -> torch.Tensor:
     """log π(reply | prompt) of each text: (n,), float32."""
     logits = reply_logits(model, batch)
     losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
