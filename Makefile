@@ -27,7 +27,7 @@ demo: setup
 # What needs no Ray, engine, S3 server or training: under a minute. Pico tensors gain nothing from threads, and two
 # processes with two threads each wait for each other.
 fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm and not s3 and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm and not s3 and not slow"
 
 # A file's tests stay together, because they share a Ray and an engine.
 test: setup

@@ -22,6 +22,10 @@ import pytest
 
 from tests.catalogue import make_catalogue
 
+# As many test processes as cores, so a thread each; and what is promised of a product's bits is promised of one thread,
+# as tensor workers have it. torch reads this when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A test is marked by what the fixtures it uses do, directly or through another fixture. A test that starts something
 # itself, or is slow by itself, carries the mark in its file.
 MARK_BY_FIXTURE = {

@@ -86,7 +86,7 @@ class SparseFusion(FusionMethod):
             ManifestError: a parameter is given for a model that is not among them.
         """
         for name, given in self:
-            named = cast("Mapping[str, object]", given) if isinstance(given, Mapping) else {}
+            named: Mapping[str, object] = cast("Mapping[str, object]", given) if isinstance(given, Mapping) else {}
             if unknown := sorted(set(named) - set(models)):
                 raise ManifestError(
                     f"fuse.{name} names {', '.join(unknown)}, not among the variant's models: {', '.join(models)}"
