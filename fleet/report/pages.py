@@ -14,7 +14,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fleet.report.chart import chart_html
 from fleet.report.model import CandidateRow, Report
-from fleet.report.results import ModuleRow
 from fleet.report.wording import (
     METHOD_HEADINGS,
     ROLE_TITLES,
@@ -28,6 +27,7 @@ from fleet.report.wording import (
     suite_headings,
 )
 from fleet.steps.builder import Role
+from fleet.work.module_rows import ModuleRow
 
 MODULES_HTML = "modules.html"
 """Name of the modules page, which lies beside the report's."""

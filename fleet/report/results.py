@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
 from evals.calibration import Calibration
 from evals.logs import EvalLog
 from fleet.steps.base import Step
@@ -18,28 +16,7 @@ from fleet.steps.record import Record
 from fleet.steps.score import ScoreResult
 from fleet.steps.sources import Source
 from fleet.store import Store
-
-
-class ModuleRow(BaseModel):
-    """One module of a realigned model (written by `fleet.work.module_rows`)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    module: str
-    edit: bool
-    """Whether the module was changed."""
-    reason: str
-    lift: float | None = None
-    rho: float | None = None
-    rho_z: float | None = None
-    cosine: float | None = None
-    delta_norm: float | None = None
-    edit_norm: float | None = None
-    energy_kept: float | None = None
-    rank: int | None = None
-    recompression_residual: float | None = None
-    directions: tuple[tuple[float, float], ...] = ()
-    """Before and after the edit, for each leading direction of V: its share of ‖ΔW_before‖²."""
+from fleet.work.module_rows import ModuleRow
 
 
 @dataclass(frozen=True)
@@ -60,8 +37,7 @@ def edit_of(candidate: Candidate, records: Mapping[str, Record]) -> Edit | None:
     if record is None:
         return None
     result = record.read(RealignResult)
-    modules = tuple(ModuleRow.model_validate(row) for row in result.modules)
-    return Edit(modules, result.edit_norm, result.warning) if modules else None
+    return Edit(result.modules, result.edit_norm, result.warning) if result.modules else None
 
 
 def module_tables(candidates: Iterable[Candidate], records: Mapping[str, Record]) -> dict[str, Sequence[ModuleRow]]:

@@ -24,7 +24,7 @@ from fleet.steps.sources import MaskSource, Source
 from fleet.steps.survey import SurveyResult, SurveyStep
 from fleet.steps.view import RunView
 from fleet.steps.weights import written_size
-from fleet.work.module_rows import module_rows
+from fleet.work.module_rows import ModuleRow, module_rows
 from fleet.work.unit import Found
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 class RealignResult(Result):
     """What a realignment did."""
 
-    modules: tuple[Mapping[str, Any], ...] = ()
-    """A row per module; see `fleet.work.module_rows`."""
+    modules: tuple[ModuleRow, ...] = ()
     edit_norm: float = 0.0
     """‖ΔW_after − ΔW_before‖ over all modules."""
     max_rank: int = 0
@@ -45,7 +44,7 @@ class RealignResult(Result):
     @property
     def edit_norms(self) -> dict[str, float]:
         """Module -> ‖ΔW_after − ΔW_before‖, of those that were edited."""
-        return {row["module"]: row["edit_norm"] for row in self.modules if row["edit"]}
+        return {row.module: row.edit_norm for row in self.modules if row.edit and row.edit_norm is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pydantic import BaseModel, ConfigDict
+
 from fleet.core.identity import Json
 from fleet.methods import Decision, ModuleStatistics
+
+
+class ModuleRow(BaseModel):
+    """One module of a realigned model. A field that isn't named is kept: records of other nights are read, too."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    module: str
+    edit: bool
+    """Whether the module was changed."""
+    reason: str
+    lift: float | None = None
+    rho: float | None = None
+    rho_z: float | None = None
+    cosine: float | None = None
+    delta_norm: float | None = None
+    edit_norm: float | None = None
+    energy_kept: float | None = None
+    rank: int | None = None
+    recompression_residual: float | None = None
+    directions: tuple[tuple[float, float], ...] = ()
+    """Before and after the edit, for each leading direction of V: its share of ‖ΔW_before‖²."""
 
 
 def module_rows(
     modules: Sequence[ModuleStatistics], decisions: Sequence[Decision], edits: Mapping[str, Mapping[str, Json]]
 ) -> list[dict[str, Json]]:
-    """One row per module of a realigned model, in the order of `modules`.
+    """One row per module of a realigned model, in the order of `modules`: the fields of `ModuleRow`.
 
     Args:
         modules: What the survey measured. The statistics are rounded to six digits.

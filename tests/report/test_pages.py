@@ -12,7 +12,7 @@ from evals.rates import Rate
 from fleet.report.gather import method_summaries
 from fleet.report.model import CandidateRow, Report, Score
 from fleet.report.pages import MODULE_COLUMNS, modules_html, report_html
-from fleet.report.results import ModuleRow
+from fleet.work.module_rows import ModuleRow
 
 HOSTILE = """</script><script>alert("&'")</script><b>"""
 """Ends a script, starts one, leaves an attribute of either quote, and opens a tag."""
