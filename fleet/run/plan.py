@@ -43,7 +43,7 @@ _READERS = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. `steps` are in an order in which each comes after what it reads."""
+    """What a run will do. `steps` are ordered: each comes after those it reads."""
 
     manifest: Manifest
     store: Store

@@ -1,4 +1,4 @@
-"""The pools of one run on Ray: which actors there are, how each is started, and what they are told to be."""
+"""The pools of one run on Ray: which kinds of actors there are, with which resources, environment and arguments."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-"""Environment of the tensor workers: there are as many of them as there are cores, so one thread each; and one tensor's
-memory is kept for the next, in huge pages, because fresh pages cost a tenth of a survey and a quarter of an update of a
-mask."""
+"""Environment of the tensor workers. One thread each: there is a worker per core. The allocator keeps one tensor's memory
+for the next, in huge pages: fresh pages cost a tenth of a survey and a quarter of a mask's update."""
 
 _SCRATCH = str(Path(tempfile.gettempdir(), "fleet-scratch"))
-"""Where a node keeps what it fetched."""
+"""Folder of each node for files fetched from the store."""
 
 _WAIT_SECONDS = 0.5
 

@@ -49,7 +49,7 @@ class Step:
     """Ordering only: these steps check its inputs. Not part of the fingerprint."""
     read_bytes: int = 0
     write_bytes: int = 0
-    """At most; what a realigned adapter needs depends on how many modules drifted."""
+    """An upper bound: a realigned adapter's size depends on how many modules are edited."""
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Step:
         return f"{self.kind}/{self.name}/{self.fingerprint[:KEY_DIGITS]}"
 
     def early_pools(self, run: RunView) -> frozenset[PoolName]:
-        """The workers it is sure to need and that take long to come up, so that they start before it is ready."""
+        """Pools to start before the step is ready: it is sure to need them, and they take long to come up."""
         return frozenset()
 
     def walk(self, run: RunView, attempt: str, finished: dict[int, Found]) -> Walk:
@@ -77,7 +77,7 @@ class Step:
 
     @classmethod
     def walk_together(cls, steps: Sequence[Step], run: RunView, attempt: str) -> Walk:
-        """The same of all waiting steps of a `joint` pass; its units bring a record per step key."""
+        """One walk for all waiting steps of a `joint` pass; each of its units brings a record per step key."""
         raise NotImplementedError
 
 
@@ -90,7 +90,7 @@ class WeightsStep(Step):
     as_lora: bool
     """Whether it is written, and served, as a LoRA."""
     max_rank: int
-    """Of a LoRA, at most: it is the drift that decides what is concatenated. 0 of a full model."""
+    """Upper bound of a LoRA's rank: how many modules are merged is decided by drift. 0 for a full model."""
 
     @property
     def identity(self) -> str:
@@ -107,7 +107,7 @@ class NextUnit:
     work: float
     """Bytes it reads, or prompts it asks: what progress counts."""
     group: str | None = None
-    """The weights an engine must hold; an actor does one group at a time."""
+    """Identity of the weights an engine must hold; an actor does one group at a time."""
     keeps_record: bool = False
     """Whether its record goes to the store, so that an interrupted step goes on from there."""
 

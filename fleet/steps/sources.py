@@ -23,7 +23,7 @@ class Source:
     uri: str
     model: Model
     identity: str
-    """Of its content."""
+    """Digest of the files that decide what the model does."""
 
     @property
     def as_lora(self) -> bool:
@@ -53,7 +53,7 @@ class MakesWeights(Keyed, Protocol):
 
     @property
     def identity(self) -> str:
-        """Of what it makes."""
+        """Identity of the weights it makes: the step's fingerprint."""
         ...
 
     @property
@@ -68,7 +68,7 @@ class MakesWeights(Keyed, Protocol):
 
     @property
     def max_rank(self) -> int:
-        """Of a LoRA, at most: it is the drift that decides what is concatenated. 0 of a full model."""
+        """Upper bound of a LoRA's rank; 0 for a full model."""
         ...
 
 
@@ -113,7 +113,7 @@ class Judging:
 
     judge: AnyJudge
     model: Source | None = None
-    """Of a judge that is a model."""
+    """The judge's own model, if it is a model."""
     rows: str | None = None
     """Key in the store of the labelled rows it is calibrated on."""
 

@@ -38,7 +38,7 @@ class FuseUnit:
     method: AnyFusionMethod
     as_lora: bool
     thresholds: Thresholds | None
-    """Those of whole models, where the method asks for them; else each tensor has its own."""
+    """Thresholds of whole models, if the method asks for them; else None, and each tensor has its own."""
     shard: Shard
     output: Output
 
@@ -56,7 +56,7 @@ class FuseUnit:
             return UnitRecord(files=write_shard(self.output, self.shard, aligned, fusion.tensor))
 
     def _lora(self, aligned: FullModel, members: dict[str, Model], curvatures: dict[str, Curvature]) -> UnitRecord:
-        """The fused LoRA; its record says what recompression lost, per module."""
+        """Write a whole LoRA; the record says what recompression lost in each module."""
         where = places(aligned.tensors)
         adapters = {name: m for name, m in members.items() if isinstance(m, Adapter)}
         ranks: dict[str, int] = {}

@@ -29,15 +29,15 @@ class JudgeUnit:
     """Judge completions; the log goes to `file` in `output`."""
 
     candidate: str
-    """Its name in this run: the completions may be from one that called it otherwise."""
+    """The candidate's name in this run; the run that made the completions may have called it otherwise."""
     suite: SuiteFiles
     judge: AnyJudge
     settings: Mapping[str, Json]
-    """The judge's, for the log."""
+    """What identifies the judge, for the log."""
     coherence: Coherence | None
     completions: str
     mean_logprobs: str | None
-    """Key of what a `CohereUnit` found; None if nobody asked."""
+    """Key of a `CohereUnit`'s result; None if coherence is not measured."""
     output: Output
     file: str
 
@@ -105,7 +105,7 @@ class JudgingWorker(Worker):
             self.replica = start_replica(self.scratch, model, options)
 
     def verdicts(self, judge: AnyJudge, exchanges: list[Exchange], suite: Suite) -> list[Verdict]:
-        """One per exchange."""
+        """One verdict per exchange."""
         if isinstance(judge, Judge):
             return judge.judge(exchanges, suite)
         assert self.replica is not None, "a judge model has a replica"

@@ -44,9 +44,9 @@ class RealignUnit:
     safety: str | None
     harmful: str | None
     displacement: str
-    """V's own part, of which methods use leading directions."""
+    """Folder of V's own part; methods use its leading directions."""
     projections: str | None
-    """The B factors of the model's VVᵀΔW/‖V‖, where the method uses them."""
+    """Folder of the B factors of the model's VVᵀΔW/‖V‖; None where the method doesn't use them."""
     method: AnyRealignMethod
     edited: frozenset[str]
     """Modules the method decided to edit, from the survey."""
@@ -55,7 +55,7 @@ class RealignUnit:
     mask: str | None
     """Folder of a learned mask, where the method applies one."""
     name: str
-    """The model's, of which a mask may hold logits of its own."""
+    """The model's name: a mask may hold logits per model."""
     as_lora: bool
     shard: Shard
     output: Output
@@ -94,7 +94,7 @@ class _Realigning:
         self._parts = Parts(self.aligned, self.model, self.safety, self.harmful)
         self.edits: list[Json] = []
         self._whole: Delta | None = None
-        """The task vector of the tensor under way, all its modules."""
+        """The whole task vector of the tensor that is being realigned: a mask is rescaled over all its modules."""
 
     def masked(self, view: ModuleView) -> Delta:
         """The module's task vector under the learned mask, which is rescaled over its whole tensor."""
@@ -119,7 +119,7 @@ class _Realigning:
         return {name: read_tensor(folder, info) for name, info in read_headers(folder, "model").items()}
 
     def ranks(self) -> dict[str, int]:
-        """Of an adapter's modules as they will be written, from headers alone."""
+        """Tensor -> the rank that the adapter's module is written with, from headers alone; 0 leaves it out."""
         return {name: self._rank(name) for name in self.unit.shard.tensors}
 
     def _rank(self, tensor: str) -> int:

@@ -59,12 +59,12 @@ class CompleteUnit:
     indices: tuple[int, ...]
     store: str
     completions: str
-    """Key of what is said."""
+    """Key of the completions."""
 
     pool: ClassVar[PoolName] = "replica"
 
     def run(self, host: ScoringWorker) -> UnitRecord:
-        """The object is written once: who finds it there already has the same completions."""
+        """Completions are written once, create-only: an object that is there already is kept."""
         from evals.harness import complete  # noqa: PLC0415 - loads lm-eval and datasets
 
         suite = read_suite(self.suite, host.scratch)
@@ -77,19 +77,19 @@ class CompleteUnit:
 
 @dataclass(frozen=True)
 class CohereUnit:
-    """How likely completions are under the aligned model."""
+    """Measure how likely completions are under the aligned model."""
 
     store: str
     completions: str
     """Key of the unjudged log."""
     chat: bool
     mean_logprobs: str
-    """Key of what is found: per completion its mean log probability per token, in nats."""
+    """Key of the result: the mean log probability per token of each completion, in nats."""
 
     pool: ClassVar[PoolName] = "replica"
 
     def run(self, host: ScoringWorker) -> UnitRecord:
-        """Written once, as completions are."""
+        """The result is written once, create-only, as completions are."""
         from evals.harness import mean_logprobs  # noqa: PLC0415 - loads lm-eval and datasets
 
         samples = read_samples(get(self.store, self.completions))

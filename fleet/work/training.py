@@ -115,7 +115,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | FleetError:
 
 
 def _cause(error: TrainingFailedError) -> FleetError:
-    """What a worker raised on purpose; else all that Ray Train knows, its last lines first."""
+    """The error that a worker raised on purpose; else one with the last line of what Ray Train reports."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         cause: BaseException | None = failure

@@ -28,7 +28,7 @@ class SampleUnit:
     pool: ClassVar[PoolName] = "tensor"
 
     def run(self, host: Worker) -> UnitRecord:
-        """The record holds the sample, packed, and of how many entries it is one."""
+        """The record holds the sample, packed, and the number of entries it was drawn from."""
         aligned, model = open_full(self.aligned), open_model(self.model)
         with ThreadPoolExecutor(1) as reader:
             sample, size = sample_task_vector(aligned, model, self.tensors, self.share, reader)
@@ -61,6 +61,6 @@ def packed(values: torch.Tensor) -> str:
 
 
 def unpacked(text: str, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers again: (n,), of their dtype."""
+    """The numbers that `packed` made text of: (n,), of this dtype."""
     data = zlib.decompress(b64decode(text))
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
