@@ -35,8 +35,8 @@ WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-"""Environment of the tensor workers. One thread each: there is a worker per core. The allocator keeps one tensor's memory
-for the next, in huge pages: fresh pages cost a tenth of a survey and a quarter of a mask's update."""
+"""Environment of the tensor workers. One thread each: there is a worker per core. The allocator keeps one tensor's
+memory for the next, in huge pages: fresh pages cost a tenth of a survey and a quarter of a mask's update."""
 
 _SCRATCH = str(Path(tempfile.gettempdir(), "fleet-scratch"))
 """Folder of each node for files fetched from the store."""
