@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load
 
 import fleet.run.pools
 import fleet.steps.trim
 from fleet.algebra.sparsify import at_least, elected
 from fleet.checkpoint.model import read_model, touched_tensors
 from fleet.checkpoint.task_vectors import read_delta, read_weight
-from fleet.core.errors import CheckpointError, StepFailedError
+from fleet.core.errors import StepFailedError
 from fleet.manifest import load_manifest
 from fleet.run.coordinator import Coordinator, RunResult
 from fleet.run.plan import Plan, make_plan
@@ -162,23 +162,6 @@ def test_step_failing_leaves_no_record_and_the_others_finish(
     assert plan.store.read(record_key(failed)) is None
     assert {s.name for s in plan.steps if s.key in result.records} == {s.name for s in plan.steps} - {"plain"}
     with pytest.raises(StepFailedError, match="broken on purpose"):
-        result.raise_failures()
-
-
-def test_model_with_nan_fails_alone_as_the_users_error(catalogue: Path, tmp_path: Path) -> None:
-    bad = Path(shutil.copytree(catalogue / "rslora", tmp_path / "bad"))
-    tensors = load_file(bad / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, bad / "adapter_model.safetensors")
-    document = manifest_document(catalogue, tmp_path)
-    models = [m | ({"source": str(bad)} if m["name"] == "rslora" else {}) for m in document["models"]]
-    plan = tensor_plan(catalogue, tmp_path, models=models)
-    result = walk(plan)
-    done = {s.name.split("-")[0] for s in plan.steps if s.key in result.records}
-    assert done == {"base", "lora", "full", "lora.safemerge", "full.safemerge"}
-    failed = {f.step.name.split("-")[0] for f in result.failures.values()}
-    assert failed == {"rslora", "rslora.safemerge", "plain", "merged", "loras"}
-    with pytest.raises(CheckpointError, match=r"models: rslora: 1 tensors hold NaN or Inf.*4 steps that depend"):
         result.raise_failures()
 
 

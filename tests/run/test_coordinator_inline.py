@@ -99,11 +99,14 @@ def test_model_with_nan_fails_alone_in_the_joint_pass(catalogue: Path, tmp_path:
     save_file(tensors, bad / "adapter_model.safetensors")
     document = manifest_document(catalogue, tmp_path)
     models = [m | ({"source": str(bad)} if m["name"] == "rslora" else {}) for m in document["models"]]
-    result = walk(tensor_plan(catalogue, tmp_path, models=models), InlinePools())
-    roots = [f.step.name for f in result.failures.values() if f.cause is None]
-    assert roots == ["rslora"]
-    assert {"lora", "full"} <= {record.name for record in result.records.values() if record.kind == "survey"}
-    with pytest.raises(CheckpointError, match=r"models: rslora: 1 tensors hold NaN or Inf"):
+    plan = tensor_plan(catalogue, tmp_path, models=models)
+    result = walk(plan, InlinePools())
+    done = {s.name.split("-")[0] for s in plan.steps if s.key in result.records}
+    assert done == {"base", "lora", "full", "lora.safemerge", "full.safemerge"}
+    failed = {f.step.name.split("-")[0] for f in result.failures.values()}
+    assert failed == {"rslora", "rslora.safemerge", "plain", "merged", "loras"}
+    assert [f.step.name for f in result.failures.values() if f.cause is None] == ["rslora"]
+    with pytest.raises(CheckpointError, match=r"models: rslora: 1 tensors hold NaN or Inf.*4 steps that depend"):
         result.raise_failures()
 
 
