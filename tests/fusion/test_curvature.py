@@ -416,6 +416,17 @@ def gram_with_least(n: int, least: float, overlap: float) -> torch.Tensor:
     return gram.fill_diagonal_(1.0)
 
 
+def test_least_eigenvalue_by_hand_follows_norm_size_and_dtype() -> None:
+    """‖G‖ (2u/√n + what summing in float32 or better may leave + float64's own)."""
+    unrelated, alike = torch.eye(4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.float64)
+    half, single, double = 2.0**-8, 2.0**-24, 2.0**-53
+    assert float(least_eigenvalue(unrelated, half)) == pytest.approx(2.0 * (half + single), rel=1e-6)
+    assert float(least_eigenvalue(alike, half)) == pytest.approx(4.0 * (half + single), rel=1e-6)
+    assert float(least_eigenvalue(unrelated, single)) == pytest.approx(2.0 * 2.0 * single, rel=1e-6)
+    assert float(least_eigenvalue(unrelated, double)) == pytest.approx(2.0 * 10.0 * double, rel=1e-6)
+    assert least_eigenvalue(torch.stack((unrelated, alike)), half).shape == (2,)
+
+
 @pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-6, 1e6)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5])
 @pytest.mark.parametrize("n", [2, 8, 64, 512])

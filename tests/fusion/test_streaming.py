@@ -23,7 +23,7 @@ import fleet.algebra.sparsify
 import fleet.fusion.streaming
 import fleet.store.file_writer
 import fleet.store.local
-from fleet.algebra.delta import Delta, Dense
+from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.sparsify import WHOLE, merge_bfloat16, thresholds_of
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorInfo, plan_shards, shard_name
@@ -310,6 +310,41 @@ def test_streamed_bytes_do_not_depend_on_runs(
     for entries in (1, 64, 1000, 1 << 20):
         monkeypatch.setattr(fleet.fusion.streaming, "RUN_ENTRIES", entries)
         assert_same_bits(fuse(models, tmp_path / str(entries), members, method, "aligned32"), expected)
+
+
+@pytest.mark.parametrize("method", [WITH_SUMS[0], Sce(method="sce")], ids=named)
+def test_streamed_sums_have_the_same_bits_whatever_the_runs(
+    monkeypatch: pytest.MonkeyPatch, method: AnyFusionMethod
+) -> None:
+    """Of float64, which weights in float32 hardly show."""
+    monkeypatch.setattr(fleet.fusion.streaming, "FIXED_ENTRIES", 300)
+    name, found = "layers.0.weight", list[torch.Tensor]()
+    models = {model: held({name: normal(i, 70, 13)})[0] for i, model in enumerate(("aligned", "a", "b"))}
+    summed = fleet.fusion.streaming._Tensor.sums
+
+    def noted(*args: Any) -> torch.Tensor | None:
+        sums = summed(*args)
+        assert sums is not None
+        found.append(sums)
+        return sums
+
+    monkeypatch.setattr(fleet.fusion.streaming._Tensor, "sums", noted)
+    for entries in (1, 40, 1000):
+        monkeypatch.setattr(fleet.fusion.streaming, "RUN_ENTRIES", entries)
+        streamed(models["aligned"], {"a": models["a"], "b": models["b"]}, method)
+    assert len(found) == 3 and all(torch.equal(sums, found[0]) for sums in found)
+
+
+def test_loras_rows_have_the_same_bits_in_any_run_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one row, which a BLAS multiplies by another routine than many."""
+    monkeypatch.setattr(fleet.fusion.streaming, "FIXED_ENTRIES", 300)
+    delta = LowRank(normal(0, 50, 40), normal(1, 40, 29))
+    part = fleet.fusion.streaming._Product(delta)
+    whole = part.read(0, 50)
+    torch.testing.assert_close(whole, delta.dense())
+    for step in (1, 3, 10, 17, 49):
+        runs = [part.read(at, min(at + step, 50)) for at in range(0, 50, step)]
+        assert torch.equal(torch.cat(runs), whole)
 
 
 @pytest.mark.parametrize("method", WITH_SUMS, ids=named)
