@@ -201,7 +201,7 @@ LOCAL_RAY = """
 import os
 from fleet.realign import lock_local_ray
 lock_local_ray()
-from fleet.run.coordinator import start_ray
+from fleet.run.cluster import start_ray
 from fleet.manifest import Placement
 start_ray(None, Placement(workers=1))
 print(os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"]))
