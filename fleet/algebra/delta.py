@@ -36,6 +36,7 @@ class LowRank:
         return LowRank(self.b * factor, self.a)
 
     def plus(self, other: Delta) -> Delta:
+        """ΔW + other, exact; two LoRAs give one of the sum of their ranks."""
         if isinstance(other, LowRank):
             return LowRank(torch.cat((self.b, other.b), dim=1), torch.cat((self.a, other.a), dim=0))
         return other.plus(self)
@@ -92,7 +93,7 @@ class Dense:
         return Dense(self.value - other.dense())
 
     def transposed(self) -> Dense:
-        """Of a stack of matrices, each transposed."""
+        """ΔWᵀ; of a stack (…, d_out, d_in), each matrix is transposed."""
         return Dense(self.value.mT)
 
     def onto_left(self, basis: torch.Tensor) -> Dense:
@@ -123,5 +124,5 @@ Delta: TypeAlias = LowRank | Dense
 
 
 def zero(shape: tuple[int, ...], rank: int = 0) -> LowRank:
-    """The task vector of a module that a model leaves alone, float32."""
+    """The zero task vector of a module that a model leaves alone: (d_out, d_in), float32, as a LoRA of this rank."""
     return LowRank(torch.zeros(shape[0], rank), torch.zeros(rank, shape[1]))

@@ -22,8 +22,12 @@ class Factors(NamedTuple):
 def factor_average(factors_M: Sequence[Factors], weights_M: Sequence[float]) -> LowRank:
     """PEFT's `add_weighted_adapter(combination_type="linear")`, bit for bit: factors averaged with √-weights.
 
-    A = Σ √(w_i s_i) A_i and B = Σ √(w_i s_i) B_i, so BA = Σ w_i s_i B_iA_i + Σ_{i≠j} √(w_i s_i w_j s_j) B_iA_j: no
-    paper's equation has the second sum (`methods.md` §2.3).
+    A = Σ √(w_i s_i) A_i and B = Σ √(w_i s_i) B_i, so BA = Σ w_i s_i B_iA_i + Σ_{i≠j} √(w_i s_i w_j s_j) B_iA_j. The
+    second sum is in no paper's equation (`methods.md` §2.3).
+
+    Args:
+        factors_M: of one shape and rank; the result has that rank.
+        weights_M: w_i.
 
     Raises:
         ValueError: the ranks differ, or a weight is negative.

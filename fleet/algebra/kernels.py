@@ -1,8 +1,8 @@
-"""Loops over entries, compiled by numba for CPUs: where torch goes over memory once per operator, these go once.
+"""Loops over entries, compiled by numba for CPUs. torch passes over memory once per operator, each of these loops once.
 
-Each stands for an expression in torch, in `fleet.algebra.sparsify`, which runs on a GPU and where gradients are wanted,
-and gives the same bits. Loading numba takes a second, so import this where a loop runs. Compiled code is kept on disk,
-beside this file or in the user's cache.
+A loop gives the same bits as an expression of torch's operators, most of them in `fleet.algebra.sparsify`; that one is
+used on a GPU, and where gradients are wanted. Loading numba takes a second, so import this module only where a loop
+runs. Compiled code is kept on disk, beside this file or in the user's cache.
 """
 
 # pyright: reportUntypedFunctionDecorator=false, reportMissingTypeStubs=false, reportUnknownVariableType=false
@@ -19,10 +19,12 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 @njit(nogil=True, cache=True)
 def count_window(bits: NDArray[np.int32], low: int, high: int, shift: int, counts: NDArray[np.int64]) -> None:
-    """Histogram of the magnitudes' bit patterns in [low, high), in bins of 2^shift, and last how many lie above.
+    """Add up how many magnitudes have a bit pattern in each bin of [low, high), and last how many lie above.
 
     Args:
-        bits: (n,), float32 numbers as they are; their signs don't count.
+        bits: (n,), the bit patterns of float32 numbers; the sign bit is ignored.
+        shift: a bin is 2^shift patterns wide.
+        counts: (bins + 1,), added to.
     """
     above = 0
     inside = np.empty(_TILE, np.int32)
@@ -30,16 +32,16 @@ def count_window(bits: NDArray[np.int32], low: int, high: int, shift: int, count
     for start in range(0, bits.size, _TILE):
         stop = min(start + _TILE, bits.size)
         reach_high, reach_low = np.int32(0), np.int32(0)
-        for i in range(start, stop):  # counts that vectorise
+        for i in range(start, stop):  # without a branch, so that it vectorises
             pattern = bits[i] & _MAGNITUDE
             reach_high += np.int32(pattern > beyond)
             reach_low += np.int32(pattern >= lowest)
         above += reach_high
-        if lowest == beyond:  # where weights in bfloat16 put many numbers on few values, the window is often one
+        if lowest == beyond:  # a window of one pattern: common with weights in bfloat16, which have few values
             counts[0] += reach_low - reach_high
         elif reach_low > reach_high:
             count = 0
-            for i in range(start, stop):  # gathered without a branch
+            for i in range(start, stop):  # without a branch, too
                 pattern = bits[i] & _MAGNITUDE
                 inside[count] = pattern - lowest
                 count += (pattern >= lowest) & (pattern <= beyond)
@@ -52,7 +54,7 @@ def count_window(bits: NDArray[np.int32], low: int, high: int, shift: int, count
 def count_differences(
     value: NDArray[np.uint16], base: NDArray[np.uint16], low: int, high: int, shift: int, counts: NDArray[np.int64]
 ) -> None:
-    """`count_window` of the differences of numbers in bfloat16; both (n,), bit patterns."""
+    """`count_window` of value − base, float32; both (n,), bit patterns of bfloat16 numbers."""
     words = np.empty((3, _TILE), np.uint32)
     numbers, differences = words.view(np.float32), words[2].view(np.int32)
     for start in range(0, value.size, _TILE):
@@ -65,14 +67,14 @@ def count_differences(
 
 @njit(nogil=True, cache=True)
 def _widen(row: NDArray[np.uint16], words: NDArray[np.uint32]) -> None:
-    """Numbers in bfloat16, (n,), as float32, (n or more,); both bit patterns."""
+    """bfloat16 (n,) to float32 (n or more,), both as bit patterns."""
     for j in range(row.size):
         words[j] = np.uint32(row[j]) << np.uint32(16)
 
 
 @njit(nogil=True, cache=True)
 def _narrow(words: NDArray[np.uint32], out: NDArray[np.uint16]) -> None:
-    """The way back, (n or more,) to (n,), rounded to nearest even."""
+    """float32 (n or more,) to bfloat16 (n,), rounded to nearest even; both as bit patterns."""
     for j in range(out.size):
         word = words[j]
         out[j] = np.uint16((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
@@ -86,7 +88,7 @@ def _subtract(values: NDArray[np.float32], base: NDArray[np.float32], out: NDArr
 
 @njit(nogil=True, cache=True)
 def _add_weighted(values: NDArray[np.float32], weight: np.float32, is_first: bool, total: NDArray[np.float32]) -> None:
-    """total += w x, or without `+` at the first; both (n,)."""
+    """total += w x; for the first term, total = w x. Both (n,)."""
     if is_first:
         for j in range(total.size):
             total[j] = values[j] * weight
@@ -128,7 +130,7 @@ def keep_at_least(values: NDArray[np.float32], threshold: np.float32, out: NDArr
 
 @njit(nogil=True, cache=True, inline="always")
 def _noise_bits(counter: np.uint32, second: np.uint32, one: np.uint32, two: np.uint32) -> np.uint32:
-    """23 bits of an entry's noise: the hash of `fleet.algebra.noise`. numba widens sums and products of words."""
+    """23 bits of an entry's noise, by the hash of `fleet.algebra.noise`. It casts, because numba widens words' sums."""
     word = np.uint32((counter ^ (counter >> np.uint32(16))) * one)
     word = np.uint32((word ^ (word >> np.uint32(15))) + second)
     word = np.uint32(word * two)
@@ -137,11 +139,12 @@ def _noise_bits(counter: np.uint32, second: np.uint32, one: np.uint32, two: np.u
 
 @njit(nogil=True, cache=True)
 def fill_uniform(base: int, second: int, factors: tuple[int, int], out: NDArray[np.float32]) -> None:
-    """out = the noise of consecutive entries, in (0, 1); (n,).
+    """out = uniform noise in (0, 1) of consecutive entries, (n,).
 
     Args:
         base: counter of the first entry, 32 bits.
         second: the second word of the key.
+        factors: `fleet.algebra.noise.FACTORS`.
     """
     one, two, first, offset = np.uint32(factors[0]), np.uint32(factors[1]), np.uint32(base), np.uint32(second)
     for i in range(out.size):
@@ -153,7 +156,7 @@ def fill_uniform(base: int, second: int, factors: tuple[int, int], out: NDArray[
 def drop(
     values: NDArray[np.float32], base: int, second: int, limit: int, factors: tuple[int, int], out: NDArray[np.float32]
 ) -> None:
-    """out = values where the entry's 23 bits of noise reach a limit, else 0; (n,)."""
+    """out = values where the entry's 23 bits of noise are at least `limit`, else 0; both (n,). See `fill_uniform`."""
     one, two, first, offset = np.uint32(factors[0]), np.uint32(factors[1]), np.uint32(base), np.uint32(second)
     reached = np.uint32(limit)
     for i in range(values.size):
@@ -163,12 +166,12 @@ def drop(
 
 @njit(nogil=True, cache=True)
 def elect(values: NDArray[np.float32], weights: NDArray[np.float32], mean: bool, out: NDArray[np.float32]) -> None:
-    """Sign election: out = the sum of the positive w_t x_t or that of the negative ones, whichever is larger.
+    """Sign election: out = the sum of the positive w_t x_t or of the negative ones, whichever is larger in magnitude.
 
     Args:
         values: (T, n).
         weights: (T,).
-        mean: whether the sum is divided by Σ |w_t| over what it is made of.
+        mean: whether the sum is divided by Σ |w_t| over its terms.
         out: (n,).
     """
     zero, one = np.float32(0.0), np.float32(1.0)
@@ -201,7 +204,8 @@ def elect(values: NDArray[np.float32], weights: NDArray[np.float32], mean: bool,
 CUT = np.dtype(
     [("least", np.float32), ("counter", np.int64), ("second", np.int64), ("limit", np.int64), ("share", np.float32)]
 )
-"""What is left of a task vector: by `keep_at_least`; or where a limit isn't negative, by `drop` and over a share."""
+"""How a task vector is made sparse: by `keep_at_least` with `least` where `limit` is negative; else by `drop`, after
+which what stays is divided by `share`."""
 
 
 @njit(nogil=True, cache=True)
@@ -215,13 +219,13 @@ def merge(
     factors: tuple[int, int],
     out: NDArray[np.uint16],
 ) -> None:
-    """out = b + λ m(τ_1, …, τ_T), where τ_t is what a cut leaves of x_t − b, of numbers in bfloat16.
+    """out = b + λ m(τ_1, …, τ_T) of numbers in bfloat16, where τ_t is what its cut leaves of x_t − b.
 
     Args:
         raw: (T + 1, n), bit patterns: b, then every x_t.
         cuts: (T,), of dtype `CUT`.
         weights: (T,).
-        elects: whether m is `elect`, or Σ_t w_t τ_t.
+        elects: m is `elect` if true, else Σ_t w_t τ_t.
         mean: as in `elect`.
         scale: λ.
         out: (n,), bit patterns; computed in float32 and rounded once, to nearest even.

@@ -1,6 +1,6 @@
-"""torch's decompositions, with the types that torch.linalg lacks, of operands that lie as products' do.
+"""torch's decompositions, with the types that torch.linalg lacks, of operands aligned in memory.
 
-What LAPACK makes of a matrix follows its address, like a product; see `fleet.algebra.products`.
+The last bits of LAPACK's results depend on a matrix's address, as those of a product do: see `fleet.algebra.products`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Svd(NamedTuple):
     left: torch.Tensor
     """(m, k), orthonormal columns."""
     values: torch.Tensor
-    """(k,), falling."""
+    """(k,), in falling order."""
     right: torch.Tensor
     """(k, n), orthonormal rows."""
 
@@ -35,22 +35,22 @@ class Qr(NamedTuple):
 
 
 def svd(matrix: torch.Tensor) -> Svd:
-    """The thin singular value decomposition, of the matrix' dtype."""
+    """The thin singular value decomposition, in the matrix's dtype."""
     return Svd(*_linalg.svd(aligned(matrix), full_matrices=False))
 
 
 def qr(matrix: torch.Tensor) -> Qr:
-    """The thin QR decomposition, of the matrix' dtype."""
+    """The thin QR decomposition, in the matrix's dtype."""
     return Qr(*_linalg.qr(aligned(matrix)))
 
 
 def eigenvalues(matrix: torch.Tensor) -> torch.Tensor:
-    """Of a symmetric matrix (n, n): (n,), rising."""
+    """The eigenvalues of a symmetric matrix (n, n), in rising order: (n,)."""
     return _linalg.eigvalsh(aligned(matrix))
 
 
 def least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The x of least norm that minimises ‖matrix · x − target‖, (n, k), by singular values."""
+    """The x (n, k) of least norm that minimises ‖matrix · x − target‖, by SVD; matrix (m, n), target (m, k)."""
     return _linalg.lstsq(aligned(matrix), aligned(target), driver="gelsd").solution
 
 
@@ -60,11 +60,11 @@ def norm(tensor: torch.Tensor) -> float:
 
 
 def matrix_norms(matrices: torch.Tensor) -> torch.Tensor:
-    """Frobenius norms of matrices (…, m, n): (…), of their dtype."""
+    """Frobenius norms of matrices (…, m, n): (…), in their dtype."""
     return _linalg.matrix_norm(matrices)
 
 
 def cholesky(matrices: torch.Tensor) -> torch.Tensor | None:
-    """The lower factors of symmetric matrices (…, n, n); None if one isn't positive definite."""
+    """The lower Cholesky factors of symmetric matrices (…, n, n); None if one isn't positive definite."""
     factor, failed = _linalg.cholesky_ex(aligned(matrices))
     return None if bool(failed.any()) else factor

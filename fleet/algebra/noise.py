@@ -1,7 +1,7 @@
-"""Uniform noise that any worker can draw from the middle: entry i of a tensor's noise is a hash of (key, i).
+"""Uniform noise that a worker can draw from any entry on: entry i of a tensor's noise is a hash of (key, i).
 
-A generator's state would tie the draws to an order; here a worker that holds rows 400 to 600 of a tensor draws what one
-that holds all of it would, on any device, so nothing random depends on how a tensor is cut.
+A generator's state would tie the draws to an order. Here a worker that holds rows 400 to 600 of a tensor draws the same
+noise for them as one that holds all rows, on any device, so nothing random depends on how a tensor is split.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from typing import NamedTuple
 import torch
 
 MAX_ENTRIES = 1 << 32
-"""Entries of one tensor: the counter has 32 bits."""
+"""Most entries of a tensor: the counter has 32 bits."""
 
 _BITS = 23
-"""One less than a float32's precision, for the half that is added: with more, the largest would round to 1."""
+"""Bits of noise in an entry, one less than float32's precision: a half is added, and with more bits the largest value
+would round to 1."""
 
 FACTORS = (0x21F0AAAD, 0xD35A2D97)
+"""The hash's two multipliers."""
 
 
 class NoiseKey(NamedTuple):
-    """What tells one stream from another: two 32-bit words."""
+    """Names a stream of noise: two 32-bit words, signed."""
 
     first: int
     second: int
 
 
 def noise_key(*parts: int | str) -> NoiseKey:
-    """The key of everything these parts name, such as (seed, step, tensor)."""
+    """The key of the stream that these parts name, such as (seed, step, tensor)."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return NoiseKey(_word(digest[:4]), _word(digest[4:8]))
 
@@ -38,11 +40,11 @@ def uniform(key: NoiseKey, start: int, count: int, device: torch.device | None =
     """Entries [start, start + count) of a stream: (count,), float32 in (0, 1), never 0 or 1.
 
     Two rounds of multiply and shift on 32-bit integers, with constants whose avalanche is nearly ideal (Wellons' search
-    for integer hash functions, "lowbias32"); the second word enters between them.
-    The same bits on every device.
+    for integer hash functions, "lowbias32"); the key's second word is added between them. Every device gives the same
+    bits.
 
     Raises:
-        ValueError: an entry past `MAX_ENTRIES`.
+        ValueError: `start` is negative, or an entry is past `MAX_ENTRIES`.
     """
     if start < 0 or start + count > MAX_ENTRIES:
         raise ValueError(f"noise has entries 0 to {MAX_ENTRIES - 1}, not {start} to {start + count - 1}")
@@ -57,7 +59,7 @@ def uniform(key: NoiseKey, start: int, count: int, device: torch.device | None =
 
 
 def _hashed(base: int, second: int, count: int, device: torch.device) -> torch.Tensor:
-    """The same in torch's operators, for a GPU."""
+    """The same as `fill_uniform`, in torch's operators, for a GPU."""
     dtype = torch.int32 if base + count <= 1 << 31 else torch.int64
     bits = torch.arange(base, base + count, device=device, dtype=dtype).to(torch.int32)
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_signed(FACTORS[0]))
@@ -69,12 +71,12 @@ def _hashed(base: int, second: int, count: int, device: torch.device) -> torch.T
 
 
 def counters(key: NoiseKey, start: int) -> tuple[int, int]:
-    """What the hash begins with, as unsigned words: the counter of entry `start`, and the second word."""
+    """The hash's inputs as unsigned words: the counter of entry `start`, and the key's second word."""
     return (start + key.first) % MAX_ENTRIES, key.second % MAX_ENTRIES
 
 
 def limit_of(share: float) -> int:
-    """The number that 23 bits of noise have to reach for a draw to be at least `share`."""
+    """The least value of the 23 bits of noise whose draw is at least `share`."""
     return math.ceil(share * (1 << _BITS) - 0.5)
 
 

@@ -1,17 +1,17 @@
-"""Matrix products whose bits are the same wherever they are computed, and beside whatever else.
+"""Matrix products whose bits don't depend on the worker that computes them, or on what else it computes.
 
-Everything that is written comes of such products, and a step that is done again, on another worker or beside other
-models, has to write the same bytes. A BLAS promises less: the order in which a kernel adds up follows the operands'
-addresses, strides and shapes, and the number of threads (MKL gives the same bits for the same shapes, 64-byte aligned,
-on one kind of processor with one number of threads: "Obtaining numerically reproducible results"). So here
+Weights are made with such products, and a step that is done again, on another worker or together with other models, has
+to write the same bytes. A BLAS promises less: the order in which a kernel adds up follows the operands' addresses,
+strides and shapes, and the number of threads (MKL gives the same bits for the same shapes, 64-byte aligned, on one kind
+of processor with one number of threads: "Obtaining numerically reproducible results"). So here
 
     address, strides   operands lie row by row from a multiple of 64 bytes on, or are copied (`aligned`)
-    shapes             follow from a tensor's own shape: rows in the blocks of `row_ranges`, whatever is read or held at
-                       once; a model's columns give what they give alone (`beside`)
-    threads            one, which `fleet.work.tensor_worker` sees to
+    shapes             follow from a tensor's own shape: rows come in the blocks of `row_ranges`, however many are read
+                       at once; a model's columns have the same products beside other models' as alone (`beside`)
+    threads            one, which `fleet.work.tensor_worker` sets
 
-Sums, norms and elementwise operators of torch depend on none of these, but for the threads; `torch.dot` is a BLAS's.
-Between kinds of processors bits differ, by as much as `fleet.methods.base` says of statistics.
+torch's sums, norms and elementwise operators depend on the threads alone; `torch.dot` is a BLAS's. Between kinds of
+processors bits differ; `fleet.methods.base` says by how much for statistics.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of any processor here. torch allocates at multiples of it."""
 
 PANEL = 16
-"""Columns that a model's own are taken by, the last ones filled up with zeros: for fewer a BLAS has other kernels."""
+"""A model's columns are multiplied in panels of this many, the last one padded with zeros: for fewer columns a BLAS has
+other kernels."""
 
 BLOCK_ENTRIES = 8 << 20
-"""Entries in a block of rows: enough for a product with them to run at full speed."""
+"""Entries in a block of rows, enough for its products to run at full speed."""
 
 _ROWS = 16
-"""Blocks have a multiple of as many rows, so that each begins aligned in the memory of the whole."""
+"""Blocks have a multiple of this many rows, so that each begins aligned in the memory of the whole."""
 
 _TRIALS = 3
-"""Columns that are tried; where a matrix has few rows, one may come out the same in another order."""
+"""How many columns are tried: with few rows, one alone may have the same bits by chance."""
 
 Side: TypeAlias = Literal["left", "right"]
 """Whether a matrix stands left of the columns it is multiplied with, X @ C, or right of them, (Cᵀ @ X)ᵀ."""
@@ -50,7 +51,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=4096)
 def _row_by_row(shape: torch.Size) -> tuple[int, ...]:
-    """Strides; of axes of length 1 too, by which torch chooses among a BLAS's routines."""
+    """The strides of a contiguous tensor, those of axes of length 1 too, by which torch chooses a BLAS's routine."""
     return torch.empty(shape, device="meta").stride()
 
 
@@ -65,18 +66,18 @@ def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def row_ranges(rows: int, columns: int) -> list[tuple[int, int]]:
-    """The blocks of a matrix' rows, [start, stop), by which it is multiplied: of its shape alone."""
+    """The blocks of rows, [start, stop), in which a matrix is multiplied: they follow from its shape alone."""
     step = max(BLOCK_ENTRIES // max(columns, 1), 1)
     step = step // _ROWS * _ROWS or step
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def beside(side: Side, matrix: torch.Tensor, columns: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-    """Products of a matrix with several models' columns at once: each model's have the bits they have alone.
+    """Products of a matrix with several models' columns at once, with the same bits as for each model alone.
 
-    Those are by definition the bits of its own columns in panels of `PANEL`. One product of all columns takes half the
-    time, and has the same bits where a kernel adds up in the same order wherever a column stands. Whether it does is
-    tried out, once for each shape; where it doesn't, panels are multiplied one by one.
+    Alone, a model's columns are multiplied in panels of `PANEL`. One product of all columns takes half the time, and
+    has the same bits if the kernel adds up in the same order wherever a column stands. Whether it does is tried out
+    once for each shape; if not, the panels are multiplied one by one.
 
     Args:
         matrix: (m, k), or on the right (k, m).
@@ -106,7 +107,7 @@ def _multiplied(side: Side, matrix: torch.Tensor, columns: torch.Tensor) -> torc
 
 
 def _filled(columns: torch.Tensor, width: int) -> torch.Tensor:
-    """The columns, and zeros up to a width."""
+    """The columns, padded with zeros to a width."""
     return torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
 
 
@@ -114,7 +115,7 @@ def _filled(columns: torch.Tensor, width: int) -> torch.Tensor:
 def _is_columnwise(side: Side, shape: tuple[int, int], width: int, dtype: torch.dtype) -> bool:
     """Whether a column has the same bits wherever it stands in a product of this width, and in a panel.
 
-    Tried out at every place at once: of a matrix whose columns are all the same.
+    All places are tried at once, with a matrix of equal columns.
     """
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator, dtype=dtype)

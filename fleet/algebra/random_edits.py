@@ -18,7 +18,7 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 def gaussian_like(delta: Delta, generator: torch.Generator) -> Delta:
-    """Standard normal noise of ΔW's own kind: a product of Gaussian factors of its rank (at least 1), or dense."""
+    """Noise of ΔW's own kind, float32: a product of standard normal factors of its rank (at least 1), or dense."""
     if isinstance(delta, Dense):
         return Dense(torch.randn(delta.shape, generator=generator))
     rank = max(delta.rank, 1)
@@ -35,8 +35,8 @@ def random_frame(rows: int, columns: int, generator: torch.Generator) -> torch.T
 def turned(delta: Delta, generator: torch.Generator) -> Delta:
     """ΔW with its column space turned to a random one: Q ΔW, Q uniformly random orthogonal.
 
-    Norm, singular values and input directions stay; only where it writes in the output space changes. For a LoRA, Q is
-    never built: with B = Q_B R_B, Q B has the law of F R_B for a random frame F.
+    Norm, singular values and input directions stay; only the directions in the output space change. For a LoRA, Q is
+    never built: with B = Q_B R_B, Q B has the distribution of F R_B for a random frame F.
     """
     if isinstance(delta, LowRank):
         r = linalg.qr(delta.b).r

@@ -1,8 +1,8 @@
-"""Magnitudes of given ranks among more numbers than fit in memory: exact, unsorted, in as few passes as it takes.
+"""The magnitude of a given rank among more numbers than fit in memory: exact, without sorting, in few passes.
 
 Positive float32 numbers are ordered like their bit patterns. A pass counts the numbers above a window of patterns, and
-has a histogram of those within. A sample says where the first window is, so that it holds few of them and has a bin for
-each pattern; then one pass is enough. Where the sample was wrong, another window follows.
+makes a histogram of those within. A sample tells where to put the first window, narrow enough to have a bin for each
+pattern; then one pass finds the magnitude. If the sample misled, another pass with another window follows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 _BINS = 1 << 19
+"""Most bins of a window."""
+
 _PATTERNS = 1 << 31
-"""Of numbers that aren't negative, inf and NaN among them."""
+"""How many bit patterns the numbers have that aren't negative, inf and NaN among them."""
 
 _DEVIATIONS = 3.0
 """How many standard errors of the sample's rank the first window reaches to each side."""
@@ -28,17 +30,17 @@ class WindowCounts:
         self.shift = max(math.ceil(math.log2(max(high - low, 1) / _BINS)), 0)
         """A bin is 2^shift patterns wide."""
         self.counts = torch.zeros(((high - low - 1) >> self.shift) + 2, dtype=torch.int64)
-        """Of each bin, and last of what lies above the window; what is added up over workers."""
+        """(bins + 1,), int64: how many lie in each bin, and last above the window. Workers' counts are added up."""
 
     def add(self, values: torch.Tensor) -> None:
-        """Count some of the numbers: any shape, float32; their magnitudes count."""
+        """Count more numbers by their magnitudes: any shape, float32."""
         from fleet.algebra.kernels import count_window
 
         bits = values.reshape(-1).view(torch.int32)
         count_window(bits.numpy(), self.low, self.high, self.shift, self.counts.numpy())
 
     def add_differences(self, values: torch.Tensor, base: torch.Tensor) -> None:
-        """The same of `values − base`, float32, of numbers in bfloat16; both (n,)."""
+        """Count the magnitudes of values − base, computed in float32; both (n,), bfloat16."""
         from fleet.algebra.kernels import count_differences
 
         value_bits, base_bits = (row.view(torch.uint16).numpy() for row in (values, base))
@@ -46,24 +48,24 @@ class WindowCounts:
 
 
 class RankSearch:
-    """The search for the value of one rank, from above.
+    """The search for the magnitude of one rank, counted from the largest.
 
     Args:
         rank: from 1, the largest, to `size`.
         size: how many numbers there are.
-        sample: some of them, spread over all: (m,) float32. Without it the first pass is a coarse one.
+        sample: some of them, spread over all: (m,) float32. Without it, the first window has all patterns, coarsely.
     """
 
     def __init__(self, rank: int, size: int, sample: torch.Tensor | None = None) -> None:
         self._rank = rank
         self.value = math.nan
-        """Once it is found."""
+        """The magnitude; NaN until it is found."""
         bounds = _around(rank / size, sample) if sample is not None and sample.numel() else (0, _PATTERNS)
         self.window = WindowCounts(*bounds)
-        """What all numbers are to be added to in this pass."""
+        """Takes all numbers in the current pass."""
 
     def finish_pass(self) -> bool:
-        """Whether the value is known, now that all numbers have been counted; if not, a new window waits for them."""
+        """Whether `value` is known, now that all numbers are counted; if not, `window` is that of the next pass."""
         window = self.window
         above = int(window.counts[-1])
         if self._rank <= above:
@@ -83,7 +85,7 @@ class RankSearch:
 
 
 def _around(share: float, sample: torch.Tensor) -> tuple[int, int]:
-    """Patterns between which the value that a share of the numbers reaches lies, if the sample is a fair one."""
+    """Bit patterns [low, high) that hold that of the number which this share reaches, if the sample is a fair one."""
     patterns = sample.reshape(-1).view(torch.int32).numpy() & 0x7FFFFFFF
     count = patterns.size
     error = _DEVIATIONS * math.sqrt(max(share * (1.0 - share) / count, 1.0 / count**2))

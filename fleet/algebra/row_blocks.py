@@ -1,7 +1,7 @@
 """A matrix given by blocks of its rows: in memory, or streamed again from storage for each product.
 
-Which blocks these are decides the last bits of products, so they are those of `fleet.algebra.products.row_ranges`,
-wherever the matrix is.
+The blocks decide the last bits of products, so they are always those of `fleet.algebra.products.row_ranges`, wherever
+the matrix is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RowBlocks:
 
     @staticmethod
     def of(matrix: torch.Tensor) -> RowBlocks:
-        """A matrix that is in memory already; copied if it doesn't lie there row by row."""
+        """A matrix that is in memory already; copied if it isn't contiguous and aligned."""
         whole, (rows, columns) = aligned(matrix), matrix.shape
         return RowBlocks(
             (rows, columns), matrix.dtype, lambda: (whole[start:stop] for start, stop in row_ranges(rows, columns))
@@ -39,14 +39,15 @@ class RowBlocks:
         """X @ right, (rows, k).
 
         Args:
-            widths: of the columns of several models side by side, which then have the bits they have alone.
+            widths: how many columns of `right` each of several models has; the products then have the bits that each
+                model's have alone. None for one model's columns.
         """
         return torch.cat(
             [product(x, right) if widths is None else beside("left", x, right, widths) for x in self.blocks()]
         )
 
     def transposed_times(self, right: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
-        """Xᵀ @ right, (columns, k); the blocks' parts added up in order. `widths` as for `times`."""
+        """Xᵀ @ right, (columns, k), added up over the blocks in order. `widths` as for `times`."""
         total: torch.Tensor | None = None
         start = 0
         for block in self.blocks():
@@ -58,7 +59,7 @@ class RowBlocks:
         return total
 
     def dense(self) -> torch.Tensor:
-        """The whole matrix; the block itself if it is one."""
+        """The whole matrix; if it is a single block, that block itself."""
         whole, rows = torch.empty(0), 0
         for block in self.blocks():
             if block.shape == torch.Size(self.shape):

@@ -1,4 +1,4 @@
-"""Elementwise operators on task vectors. They see ΔW's entries, so a LoRA becomes dense here."""
+"""Elementwise operators on task vectors. They need ΔW's entries, so a LoRA is multiplied out here."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from fleet.algebra.noise import FACTORS, NoiseKey, counters, limit_of, uniform
 
 @dataclass(frozen=True)
 class Piece:
-    """Which entries of a tensor some values are, where a tensor is cut over several workers."""
+    """The part of a tensor that one worker has, where several share a tensor: consecutive entries."""
 
     start: int
-    """Index of the first of them, all entries counted in order."""
+    """Index of the first entry in the flattened tensor."""
     total: Callable[[torch.Tensor], torch.Tensor]
-    """Adds counts and sums up over all pieces."""
+    """Adds up counts or sums over all pieces."""
 
 
 WHOLE = Piece(0, lambda counts: counts)
-"""A tensor that is not cut."""
+"""A tensor that one worker has all of."""
 
 
 @dataclass(frozen=True)
 class Trim:
-    """TIES: what stays of a task vector are the entries whose magnitude reaches a threshold."""
+    """TIES' trim: the entries of a task vector whose magnitude is below a threshold become zero."""
 
     threshold: float
 
@@ -40,13 +40,13 @@ class Trim:
         return at_least(value, self.threshold)
 
     def compiled(self, start: int) -> tuple[float, ...]:
-        """A `CUT` of `fleet.algebra.kernels`."""
+        """This as a `CUT` of `fleet.algebra.kernels`."""
         return self.threshold, 0, 0, -1, 1.0
 
 
 @dataclass(frozen=True)
 class Drop:
-    """DARE: every entry of a task vector becomes zero with probability p, and the rest is divided by 1 − p.
+    """DARE: every entry of a task vector becomes zero with probability p, and the others are divided by 1 − p.
 
     Source: Yu et al., "Language models are super Mario", arXiv 2311.03099, eq. 1 and 2.
     """
@@ -56,11 +56,11 @@ class Drop:
     """p in [0, 1)."""
 
     def of(self, value: torch.Tensor, start: int) -> torch.Tensor:
-        """Of entries [start, start + n), (n,). Differentiable in what stays."""
+        """What stays of entries [start, start + n), (n,). Differentiable in it."""
         return kept(value, self.key, start, self.rate) / (1.0 - self.rate)
 
     def compiled(self, start: int) -> tuple[float, ...]:
-        """A `CUT` of `fleet.algebra.kernels`, for a run from this entry on."""
+        """This as a `CUT` of `fleet.algebra.kernels`, for entries from `start` on."""
         return 0.0, *counters(self.key, start), limit_of(self.rate), 1.0 - self.rate
 
 
@@ -72,12 +72,14 @@ def merge_bfloat16(
     scale: float,
     start: int,
 ) -> None:
-    """Full models in bfloat16, merged in one compiled loop: the same bits as what `of`, `elected` and `sum_of` give.
+    """Merge full models in bfloat16 in one compiled loop, with the bits that `of`, `elected` and `sum_of` give.
 
     Args:
-        rows: (M + 2, n) bfloat16: the aligned model, the others, and last what is written to.
-        scale: on the merged task vector.
-        start: index of the first entry in the tensor.
+        rows: (M + 2, n) bfloat16: the aligned model, the M others, and last the row that the result is written to.
+        cuts_M: how each model's task vector is made sparse.
+        consensus: of the sign election; `none` is the weighted sum without one.
+        scale: λ, on the merged task vector.
+        start: index of the first entry in the flattened tensor.
     """
     kernels = _kernels()
     bits = rows.view(torch.uint16).numpy()
@@ -87,7 +89,7 @@ def merge_bfloat16(
 
 
 def dropped(delta: Delta, drop_rate: float, generator: torch.Generator) -> Dense:
-    """DARE: every entry of ΔW is zeroed with probability p, and the rest divided by 1 − p, so the mean stays.
+    """DARE: every entry of ΔW becomes zero with probability p, and the others are divided by 1 − p, so the mean stays.
 
     Source: Yu et al., "Language models are super Mario", arXiv 2311.03099, eq. 1 and 2. The mask is on the product: on
     LoRA factors, a rank-one term would survive with probability (1 − p)².
@@ -114,7 +116,7 @@ def kept(value: torch.Tensor, key: NoiseKey, start: int, drop_rate: float) -> to
 
 
 def trimmed(delta: Delta, density: float, piece: Piece = WHOLE) -> Dense:
-    """TIES' trim: the largest entries of a tensor's ΔW by magnitude stay, at least one; ties at the threshold all stay.
+    """TIES' trim: the largest entries of a tensor's ΔW by magnitude stay, at least one; all at the threshold stay.
 
     Differentiable in what stays.
 
@@ -139,11 +141,11 @@ def at_least(value: torch.Tensor, threshold: float) -> torch.Tensor:
 def thresholds_of(
     scores: Mapping[str, torch.Tensor], ranks: Mapping[str, Sequence[int]], piece: Piece = WHOLE
 ) -> dict[str, tuple[float, ...]]:
-    """The values of each rank from above, of every score; over all pieces, exactly.
+    """Score -> the magnitudes of its ranks, counted from the largest; exact, over all pieces.
 
     Args:
         scores: name -> values of this piece, any shape; their magnitudes count.
-        ranks: name -> ranks; 0 is above all, inf.
+        ranks: name -> ranks from 1, the largest; rank 0 gives inf, above all values.
     """
     return {
         name: tuple(magnitude_threshold(scores[name], rank, piece) if rank else math.inf for rank in wanted)
@@ -152,10 +154,10 @@ def thresholds_of(
 
 
 def magnitude_threshold(magnitude: torch.Tensor, count: int, piece: Piece = WHOLE) -> float:
-    """The `count`-th largest magnitude of all pieces' values, exactly, without sorting and without moving a value.
+    """The `count`-th largest magnitude over all pieces, exactly, without sorting or sending values.
 
     Positive float32 numbers are ordered like their bit patterns, so two histograms find it: one of the upper 16 bits,
-    one of the lower 16 bits within the upper ones' bin. Only counts are added up over the pieces.
+    one of the lower 16 bits of the numbers in the bin found. Pieces share counts alone.
 
     Args:
         magnitude: any shape; signs don't count.
@@ -168,7 +170,7 @@ def magnitude_threshold(magnitude: torch.Tensor, count: int, piece: Piece = WHOL
 
 
 def _bin_from_above(counts: torch.Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the `rank`-th largest value, and its rank among those in it."""
+    """The bin that holds the `rank`-th largest value, and that value's rank within the bin."""
     above = counts.flip(0).cumsum(0)
     from_top = int(torch.searchsorted(above, rank))
     before = int(above[from_top - 1]) if from_top else 0
@@ -178,13 +180,13 @@ def _bin_from_above(counts: torch.Tensor, rank: int) -> tuple[int, int]:
 def elected(
     values_M: Sequence[torch.Tensor], weights_M: Sequence[float], combine: Literal["mean", "sum"]
 ) -> torch.Tensor:
-    """TIES' election: the sign of each entry's weighted sum, and what becomes of the entries that agree with it.
+    """TIES' election: each entry's sign is that of its weighted sum; the models' entries with that sign are combined.
 
     The mean is weighted, Σ w_t x_t / Σ |w_t| over agreeing entries; the sum is Σ w_t x_t. An entry whose weighted sum
     over all models is zero has no sign, and becomes zero. Differentiable.
 
     Args:
-        values_M: of one shape, float.
+        values_M: x_t, floating, of one shape.
     """
     if all(_is_plain(value) for value in values_M):
         out = torch.empty_like(values_M[0], memory_format=torch.contiguous_format)
@@ -215,12 +217,12 @@ def _negative(value: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(value: torch.Tensor) -> bool:
-    """Whether the compiled loops can have it: on a CPU, float32, and nobody wants its gradient."""
+    """Whether the compiled loops can take it: on a CPU, float32, and without a gradient."""
     return value.device.type == "cpu" and value.dtype == torch.float32 and not value.requires_grad
 
 
 def _flat(value: torch.Tensor) -> NDArray[np.float32]:
-    """Its entries in order, (n,); shares memory where the tensor is contiguous, as what is written to has to be."""
+    """Its entries in order, (n,). They share the tensor's memory if it is contiguous; to write to them, it must be."""
     return value.reshape(-1).numpy()
 
 
@@ -231,7 +233,7 @@ def _kernels() -> ModuleType:
 
 
 def sum_of(values_M: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Their sum, in order, in memory of its own."""
+    """The sum, added up in the order given, in memory of its own."""
     total = values_M[0].clone()
     for value in values_M[1:]:
         total.add_(value)
@@ -248,5 +250,9 @@ def ties(
     """TIES: trim, elect a sign per entry by the weighted sum, combine the entries that agree with it.
 
     Source: Yadav et al., "TIES-merging", arXiv 2306.01708, alg. 1.
+
+    Args:
+        deltas_M: of one shape.
+        density: the share of each that stays, in (0, 1].
     """
     return Dense(elected([trimmed(d, density, piece).value for d in deltas_M], weights_M, combine))

@@ -17,14 +17,17 @@ from fleet.algebra.products import product
 from fleet.algebra.row_blocks import RowBlocks
 
 EXACT_SIDE = 1024
-"""Up to this smaller side, a dense matrix gets a full SVD; above it, block power iteration finds the leading part."""
+"""A dense matrix whose smaller side is at most this gets a full SVD; for others block power iteration finds the leading
+part."""
 
 OVERSAMPLING = 16
+"""Columns of the iterated block beyond the k that are wanted."""
+
 POWER_ITERATIONS = 4
 
 
 class Triplets(NamedTuple):
-    """The k leading singular triplets: left (d_out, k), values (k,), right (d_in, k)."""
+    """The k leading singular triplets: left (d_out, k), values (k,) in falling order, right (d_in, k)."""
 
     left: torch.Tensor
     values: torch.Tensor
@@ -40,7 +43,7 @@ class Triplets(NamedTuple):
 
 
 def leading_triplets(matrix: RowBlocks, k: int, generator: torch.Generator) -> Triplets:
-    """The k leading singular triplets of a matrix (d_out, d_in); fewer, if it has fewer.
+    """The k leading singular triplets of a matrix (d_out, d_in), in its dtype; min(d_out, d_in) if k is larger.
 
     Above `EXACT_SIDE`, by block power iteration from a Gaussian start (Halko, Martinsson and Tropp, 2011, alg. 4.4):
     2(2 + 2·`POWER_ITERATIONS`)·d_out·d_in·(k + `OVERSAMPLING`) flops.
@@ -71,10 +74,13 @@ def low_rank_triplets(delta: LowRank) -> Triplets:
 
 
 def truncated(delta: Delta, rank: int, generator: torch.Generator) -> tuple[LowRank, float]:
-    """The nearest ΔW of at most this rank, and what is lost: ‖ΔW − ΔW_k‖.
+    """The nearest ΔW_k of at most this rank k, and what is lost: ‖ΔW − ΔW_k‖, Frobenius.
 
-    A LoRA of that rank or less comes back as it is, and loses nothing. For a LoRA the loss is the tail energy
-    √(Σ_{i>k} σ_i²); for a dense ΔW above `EXACT_SIDE` it is measured, not assumed, and may lie a little above it.
+    A LoRA of that rank or less comes back as it is, and loses nothing. Otherwise a LoRA loses exactly √(Σ_{i>k} σ_i²).
+    A dense ΔW's loss is measured; above `EXACT_SIDE` it may be a little more than that.
+
+    Args:
+        generator: draws the start of the power iteration.
     """
     if isinstance(delta, LowRank):
         if delta.rank <= rank:

@@ -6,9 +6,9 @@ d_out × d_out operator C = VVᵀ/‖V‖ of the papers; the B factors of a whol
 V is read once for all of them (§8.8). Products are float32; Grams are float64, because they square the condition
 number. N serves ρ and gain alone, and is left out where nobody asks for them: lift needs half the flops.
 
-What ρ is where ΔW is indifferent to V depends on V's spectrum, so it is drawn (§8.2): Gaussian probes ω through V give
-triples (‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖²), once per pair of base models. An adapter's null then mixes such triples with the
-eigenvalues of its own G_A, which is exactly a random B in its place, and costs no product.
+The null of ρ, its value where ΔW is indifferent to V, depends on V's spectrum, so it is estimated by drawing (§8.2):
+Gaussian probes ω through V give triples (‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖²), once per pair of base models. An adapter's null mixes
+such triples with the eigenvalues of its own G_A, which is the same as a random B in its place, and costs no product.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ NUM_PROBES = 64
 """Gaussian vectors through V, from which the nulls of ρ are drawn."""
 
 NUM_DRAWS = 256
-"""Random stand-ins for an adapter's B, mixed from the probes."""
+"""Draws of an adapter's null: random stand-ins for its B, mixed from the probes."""
 
 DENSE_COLUMNS = 1024
-"""A dense ΔW is taken this many columns at a time, so that VᵀΔW and VVᵀΔW never stand whole."""
+"""A dense ΔW is taken this many columns at a time, so that VᵀΔW and VVᵀΔW are never in memory whole."""
 
 
 @dataclass(frozen=True)
 class Displacement:
-    """V's own part of one module: what every adapter's statistics use, and no adapter changes."""
+    """V's own part of one module: what all adapters' statistics use, and no adapter changes."""
 
     norm: float
     """‖V‖, Frobenius."""
@@ -68,9 +68,10 @@ class DeltaStatistics(NamedTuple):
 def delta_statistics(
     v: RowBlocks, displacement: Displacement, deltas: Mapping[str, Delta], rho: bool
 ) -> dict[str, DeltaStatistics]:
-    """Statistics of many models' ΔW in one module; V goes through memory twice, however many models there are.
+    """Statistics of many models' ΔW in one module; V is read twice for all LoRAs together.
 
-    A model's statistics are the same to the last bit whichever others are measured with it, and whatever else is asked.
+    A model's statistics are the same to the last bit whichever other models are measured with it, and whatever else is
+    asked for.
 
     Args:
         v: V, (d_out, d_in), float32 (or float64 for tests).
@@ -78,7 +79,7 @@ def delta_statistics(
         deltas: model -> ΔW of the same shape and dtype.
         rho: whether ρ, its null and gain are measured.
     """
-    rho = rho and displacement.probes is not None  # without probes V vanishes, and everything is undefined
+    rho = rho and displacement.probes is not None  # no probes: V vanishes, and all statistics are undefined
     names = [name for name, d in deltas.items() if isinstance(d, LowRank)]
     low_rank = [d for d in deltas.values() if isinstance(d, LowRank)]
     found: dict[str, DeltaStatistics] = {}
@@ -96,19 +97,22 @@ def delta_statistics(
 
 
 def projected_factor(v: RowBlocks, norm: float, delta: LowRank) -> torch.Tensor:
-    """The B factor of CΔW, C = VVᵀ/‖V‖: CBA = (CB)A, so ΔW's own A goes with it. (d_out, r).
+    """CB, the B factor of CΔW = (CB)A with C = VVᵀ/‖V‖ and ΔW's own A: (d_out, r).
 
-    Weights come of this, so it is a product of its own: the same bytes whichever models are measured beside it.
+    Weights are made of it, so it is a product of its own, with the same bits whichever models are measured together.
+
+    Args:
+        norm: ‖V‖, above 0.
     """
     return v.times(v.transposed_times(delta.b)) / norm
 
 
 def probe_triples(v: RowBlocks, norm: float, generator: torch.Generator) -> torch.Tensor:
-    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of standard normal ω. 4·d_out·d_in·`NUM_PROBES` flops.
+    """(`NUM_PROBES`, 3), float64: ‖ω‖², ‖Vᵀω‖², ‖VVᵀω‖² of standard normal ω. Takes 4·d_out·d_in·`NUM_PROBES` flops.
 
-    Every adapter's null shares these probes, so an error of their mean would shift all z-scores alike. The means of the
-    first two are known, d_out and ‖V‖²: the columns are scaled to them, and the third to its regression on both
-    (control variates).
+    All adapters' nulls share these probes, so an error of their mean would shift all z-scores alike. The expectations
+    of the first two columns are known, d_out and ‖V‖²: these columns are scaled to have them as means, and the third by
+    its regression on both (control variates).
 
     Args:
         norm: ‖V‖, above 0.
@@ -120,7 +124,7 @@ def probe_triples(v: RowBlocks, norm: float, generator: torch.Generator) -> torc
     mean = triples.mean(dim=0)
     known = torch.tensor([v.shape[0], norm**2], dtype=torch.float64)
     offset, spread = known / mean[:2] - 1.0, triples / mean - 1.0
-    # Not the default driver, "gelsy": torch leaves its pivots uninitialised, and bits follow what was in memory.
+    # `least_squares` avoids the default driver, "gelsy", whose pivots torch leaves uninitialised: its bits vary.
     slopes = linalg.least_squares(spread[:, :2], spread[:, 2:])[:, 0]
     return triples * (1.0 + torch.cat((offset, (offset * slopes).sum().reshape(1))))
 
@@ -145,7 +149,7 @@ def rho_null(probes: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]
 def _products(
     v: RowBlocks, b: torch.Tensor, both: bool, widths: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """M = VᵀB and, if asked for, N = VM; of several models' B side by side, `widths` are their ranks."""
+    """M = VᵀB and, with `both`, N = VM. For several models' B side by side, `widths` are their ranks."""
     m = v.transposed_times(b, widths)
     return m, v.times(m, widths) if both else None
 
@@ -162,7 +166,7 @@ class _Inner(NamedTuple):
 def _low_rank(
     shape: tuple[int, int], displacement: Displacement, delta: LowRank, m: torch.Tensor, n: torch.Tensor | None
 ) -> DeltaStatistics:
-    # Factors as rows, (r, ·): `RowBlocks` makes M so, and along contiguous rows everything below is fastest.
+    # Factors as rows, (r, ·): that is how `RowBlocks` makes M, and what follows is fastest along contiguous rows.
     a, b, m_rows = delta.a.double(), delta.b.double(), m.T.double()
     gram_a = product(a, a.T)
 
@@ -202,7 +206,7 @@ def _dense(v: RowBlocks, displacement: Displacement, delta: Dense, rho: bool) ->
 
 
 def _equal_weights(value: torch.Tensor) -> torch.Tensor:
-    """As many equal eigenvalues of ΔWᵀΔW as give its participation ratio ‖ΔW‖⁴/‖ΔWᵀΔW‖² (at most the probes).
+    """Stand-ins for ΔWᵀΔW's eigenvalues: as many ones as its participation ratio ‖ΔW‖⁴/‖ΔWᵀΔW‖², at most `NUM_PROBES`.
 
     The denominator is Hutchinson's estimate, E‖ΔWᵀΔWω‖², whose error is far below the null's own spread.
     """
@@ -221,11 +225,11 @@ def _statistics(
     weights: Callable[[], torch.Tensor],
     energies_in: Callable[[torch.Tensor], torch.Tensor],
 ) -> DeltaStatistics:
-    """From the inner products.
+    """The statistics that follow from the inner products.
 
     Args:
-        weights: gives the eigenvalues for `rho_null`, which only ρ needs.
-        energies_in: `Delta.energies`.
+        weights: gives the eigenvalues for `rho_null`; called only where ρ is measured.
+        energies_in: `Delta.energies`, or the same from what is computed already.
     """
     safety_norm, delta_norm = displacement.norm, max(inner.dd, 0.0) ** 0.5
     if delta_norm < UNDEFINED_NORM or safety_norm < UNDEFINED_NORM:

@@ -1,4 +1,4 @@
-"""The compiled loops, against torch's own expression of each: the same bits."""
+"""Each compiled loop against the expression in torch's operators that it stands for: the same bits."""
 
 from __future__ import annotations
 
