@@ -1,7 +1,7 @@
 """What a realign method is: pure decisions on survey statistics, and an exact edit of one module's task vector.
 
 An edit is written in terms of a `Delta`'s own operators, so the same few lines serve LoRA factors and dense weights.
-Planning imports these files and no torch: what needs it is imported where an edit is made.
+Planning imports these files without torch, which is imported only where an edit is made.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ PROJECTION_IS_DELETION = 0.05
 
 
 STATISTIC_ROUNDING = 1e-5
-"""To which statistics of the same weights agree between kinds of processors, as a share of ρ, its null, lift and gain,
-and as it is of cosine. They are float32 products, added up in float64; measured under five instruction sets, the
-largest difference was 4e-8, of shapes up to 4096 × 1536. On one kind of processor they are the same to the last bit."""
+"""By how much statistics of the same weights may differ between kinds of processors: a relative difference for ρ, its
+null, lift and gain, an absolute one for cosine. They are float32 products, added up in float64; under five instruction
+sets, for shapes up to 4096 × 1536, the largest difference measured was 4e-8. On one kind of processor they are the same
+to the last bit."""
 
 DIRECTIONS_ROUNDING = 1e-3
-"""The same of energies along V's leading directions, so of `kappa`: where singular values lie close together, their
-vectors turn with rounding. Measured: 2e-5, where V is noise and has no leading directions."""
+"""The same, relative, for energies along V's leading directions, and so for `kappa`: where singular values lie close
+together, rounding turns their vectors. Measured: 2e-5, for a V of noise, which has no leading directions."""
 
 
 class ModuleStatistics(BaseModel):
@@ -61,7 +62,7 @@ class ModuleStatistics(BaseModel):
     rho_null: float | None = None
     """Mean of ρ over random B with this module's A."""
     rho_null_sd: float | None = None
-    """Its standard deviation."""
+    """Standard deviation of ρ over the same B."""
     lift: float | None = None
     """d_out‖VᵀΔW‖² / (‖V‖²‖ΔW‖²); its null is exactly 1."""
     gain: float | None = None
@@ -72,7 +73,10 @@ class ModuleStatistics(BaseModel):
     """e_i = ‖u_iᵀΔW‖² / ‖ΔW‖² of V's leading left singular vectors u_i."""
 
     def energy_lift(self, k: int) -> float | None:
-        """κ_k over its null: (Σ_{i≤k} e_i) / (k / d_out); 1 where ΔW is indifferent to V's k leading directions."""
+        """κ_k over its null: (Σ_{i≤k} e_i) / (k / d_out); 1 where ΔW is indifferent to V's k leading directions.
+
+        None if energies were not measured.
+        """
         if not self.energies:
             return None
         head = self.energies[:k]
@@ -80,7 +84,7 @@ class ModuleStatistics(BaseModel):
 
     @property
     def rho_z(self) -> float | None:
-        """(ρ − its null mean) / its null standard deviation."""
+        """(ρ − its null mean) / its null standard deviation; None where ρ is undefined or was not measured."""
         if self.rho is None or self.rho_null is None or not self.rho_null_sd:
             return None
         return (self.rho - self.rho_null) / self.rho_null_sd
@@ -95,7 +99,7 @@ class Decision(BaseModel):
     edit: bool
     reason: str
     close: bool = False
-    """Whether rounding decided: another kind of processor, which rounds otherwise, may decide the other way."""
+    """Whether rounding decided, so that another kind of processor may decide the other way."""
 
 
 class Ranks(NamedTuple):
@@ -105,11 +109,11 @@ class Ranks(NamedTuple):
     safety: int
     harmful: int
     limit: int
-    """min(d_out, d_in): no matrix has a larger one."""
+    """min(d_out, d_in), the largest rank that a matrix of this shape can have."""
 
 
 class Module(Protocol):
-    """What an edit may use in one module. Each is read or computed when it is asked for."""
+    """What an edit may use in one module. Everything is read or computed only when it is asked for."""
 
     @property
     def delta(self) -> Delta:
@@ -118,12 +122,12 @@ class Module(Protocol):
 
     @property
     def safety(self) -> Delta | None:
-        """The safety adapter's ΔW, or None where it has none (then it is zero)."""
+        """The safety adapter's ΔW relative to the aligned model; None where it leaves the module alone (ΔW = 0)."""
         ...
 
     @property
     def harmful(self) -> Delta | None:
-        """ΔW of the aligned model made harmful, or None where it has none."""
+        """ΔW of the aligned model made harmful; None where that leaves the module alone (ΔW = 0)."""
         ...
 
     @property
@@ -138,7 +142,7 @@ class Module(Protocol):
 
     @property
     def target_norm(self) -> float:
-        """For a control: the edit norm of the method it controls for."""
+        """For a control: ‖ΔW_after − ΔW_before‖ that its edit of this module has to have."""
         ...
 
     def masked(self) -> Delta:
@@ -150,7 +154,7 @@ class Module(Protocol):
         ...
 
     def generator(self, seed: int) -> torch.Generator:
-        """Randomness of this module alone: the same at any number of workers or shards."""
+        """A generator for this module alone: it draws the same at any number of workers or shards."""
         ...
 
 
@@ -160,7 +164,7 @@ class RealignMethod(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_rank: int | None = Field(default=None, ge=1)
-    """An edited LoRA module of a larger rank is cut to this one by SVD; what is lost is in the record."""
+    """Edited LoRA modules of a larger rank are cut to this one by SVD; the record says what was lost."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -169,21 +173,21 @@ class RealignMethod(BaseModel):
 
     @property
     def controlled(self) -> RealignMethod:
-        """The method that makes the edit that counts: itself, or of a control the one it controls for."""
+        """For a control, the method it controls for; else the method itself."""
         return self
 
     @property
     def matched(self) -> RealignMethod | None:
-        """Of a control, the method whose edit norms it matches."""
+        """For a control, the method whose edit norms it matches; else None."""
         return None
 
     @property
     def mask_spec(self) -> MaskSpec | None:
-        """The learned mask that it applies, or of a control that the method it controls for applies."""
+        """The learned mask that the method applies (for a control, the method it controls for); None without a mask."""
         return None
 
     def identity(self) -> dict[str, Json]:
-        """The parameters that decide what is made: all of them, except where something lies."""
+        """The parameters that decide what is made: all but the addresses of inputs."""
         return self.model_dump(mode="json")
 
     @property
@@ -193,12 +197,12 @@ class RealignMethod(BaseModel):
 
     @property
     def pairs_factors(self) -> bool:
-        """Whether it takes the model's factors and the safety adapter's entry by entry, so that ranks have to agree."""
+        """Whether it pairs the model's factors with the safety adapter's entry by entry, so that ranks must agree."""
         return False
 
     @property
     def uses_fusion(self) -> bool:
-        """Whether what it makes of one model depends on the fusion and the other models of its variant."""
+        """Whether the edit of one model depends on its variant's fusion, and on the other models there."""
         return False
 
     @property
@@ -212,25 +216,25 @@ class RealignMethod(BaseModel):
         return 0
 
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
-        """Which of one model's modules are edited. Pure; reads no weights."""
+        """One decision for each of a model's modules. Pure; reads no weights."""
         raise NotImplementedError
 
     def choose(
         self, modules: Sequence[ModuleStatistics], matched_norms: Mapping[str, float]
     ) -> tuple[list[Decision], dict[str, float]]:
-        """The decisions; and of a control, module -> the norm of the edit it gets.
+        """The decisions; and for a control, module -> the norm of the edit it gets.
 
         Args:
-            matched_norms: for a control: module -> ‖ΔW_after − ΔW_before‖ under `matched`, of those it edited.
+            matched_norms: for a control: module -> ‖ΔW_after − ΔW_before‖ under `matched`, for the modules it edited.
         """
         return self.decide(modules), {}
 
     def close_modules(self, modules: Sequence[ModuleStatistics]) -> list[str]:
-        """The modules of which rounding decided whether, or how, they are edited."""
+        """The modules where rounding decided whether, or how, they are edited."""
         return [decision.module for decision in self.decide(modules) if decision.close]
 
     def warning(self, modules: Sequence[ModuleStatistics], edited: Set[str]) -> str | None:
-        """What a user should know of these edits before trusting the method's name; None if nothing."""
+        """What a user should know about these edits before trusting the method's name; None if nothing."""
         close = self.close_modules(modules)
         if not close:
             return None
@@ -244,7 +248,7 @@ class RealignMethod(BaseModel):
         raise NotImplementedError
 
     def edit_rest(self, module: Module) -> Delta:
-        """The realigned task vector of a tensor that is no module (norms, biases, embeddings); left alone here."""
+        """The realigned task vector of a tensor that is no module (norms, biases, embeddings); by default as it is."""
         return module.delta
 
     def rank(self, ranks: Ranks) -> int:
@@ -258,16 +262,16 @@ class RealignMethod(BaseModel):
 
 
 class Gated(RealignMethod):
-    """A method that edits the modules whose task vector moves less where alignment moved than its null would."""
+    """A method that edits the modules where a statistic of ΔW and V is below a threshold."""
 
     statistic: Literal["lift", "rho", "rho_z", "kappa", "cosine"] = "lift"
-    """`lift` (null 1 at any shape), the papers' `rho`, `rho_z` (standard deviations from ρ's null), or `kappa`: the
-    share of ΔW in V's `gate_directions` leading directions over its null, so 1 is indifferent; or `cosine`, below 0
-    where ΔW undoes what alignment did."""
+    """The statistic that decides: `lift` (null 1 at any shape); the papers' `rho`; `rho_z`, ρ in standard deviations
+    from its null; `kappa`, the share of ‖ΔW‖² in V's `gate_directions` leading directions over its null, so 1 is
+    indifferent; or `cosine`, below 0 where ΔW undoes what alignment did."""
     threshold: float | None = None
-    """τ: modules below are edited. By default the statistic's null, or for `rho` the paper's value."""
+    """τ: modules below it are edited. By default the statistic's null, or for `rho` the paper's value."""
     gate_directions: int = Field(default=8, ge=1)
-    """k of `kappa`."""
+    """k of `kappa`: how many of V's leading directions count."""
 
     paper_threshold: ClassVar[float]
     """The published default for ρ."""
@@ -288,7 +292,7 @@ class Gated(RealignMethod):
         return {"lift": 1.0, "kappa": 1.0, "rho_z": 0.0, "cosine": 0.0, "rho": self.paper_threshold}[self.statistic]
 
     def value(self, module: ModuleStatistics) -> float | None:
-        """The statistic the gate compares with τ."""
+        """The statistic that is compared with τ; None where it is undefined."""
         return (
             module.energy_lift(self.gate_directions) if self.statistic == "kappa" else getattr(module, self.statistic)
         )
@@ -326,7 +330,7 @@ class Gated(RealignMethod):
 
 
 def decision(module: str, edit: bool, reason: str, close: bool) -> Decision:
-    """A decision whose reason says, too, whether rounding made it."""
+    """A decision whose reason also says if rounding made it."""
     return Decision(module=module, edit=edit, reason=reason + "; within rounding of the cut" * close, close=close)
 
 
@@ -336,10 +340,10 @@ def lowest(values: Mapping[str, float], count: int) -> frozenset[str]:
 
 
 def around_cut(values: Mapping[str, float], roundings: Mapping[str, float], count: int) -> frozenset[str]:
-    """The names that rounding may put among the `count` lowest, or take from them; none where all are among them.
+    """The names that rounding may move into or out of the `count` lowest; none if all names are among these.
 
     Args:
-        roundings: name -> by how much its value may differ.
+        roundings: name -> by how much its value may differ between kinds of processors.
     """
     ordered = sorted(values, key=lambda name: (values[name], name))
     inside, outside = ordered[:count], ordered[count:]

@@ -1,8 +1,9 @@
 """Matched controls: what a method's edit has to beat to be more than an edit of its size.
 
-A control copies how much another method, `of`, changed each module, ‖ΔW_after − ΔW_before‖, and nothing of what it
-knows. The literature asks for them (`methods.md` §5): random noise alone restores some safety, and so does making every
-task vector smaller. Each edits one model to exactly the edit norm the method had on it, over modules.
+A control edits as much as another method, `of`, by ‖ΔW_after − ΔW_before‖, but replaces that method's choice of modules
+or directions by chance, or its whole edit by plain scaling. The literature asks for them (`methods.md` §5): random
+noise alone restores some safety, and so does making every task vector smaller. Over the modules of one model, a
+control's edit has exactly the norm of the method's.
 
 - `uniform_scaling`: every module scaled by one factor; the whole edit has the method's norm.
 - `random_modules`: as many modules as the method edited, drawn at random; each is edited as the method would edit it,
@@ -42,16 +43,16 @@ Edit: TypeAlias = Annotated[
 """Every method that edits by a rule of its own, told apart by `method`."""
 
 ROUNDING = 1e-6
-"""Below this share of ‖ΔW‖, ΔW_after − ΔW_before is float32's rounding, and has no direction."""
+"""Up to this share of ‖ΔW‖, ΔW_after − ΔW_before is float32's rounding, and has no direction."""
 
 
 class Control(RealignMethod):
-    """What all controls have in common."""
+    """Parameters that all controls have."""
 
     of: Edit
     """The method it controls for, with the same parameters."""
     seed: int = 0
-    """Of what it draws."""
+    """Seed of the control's random draws."""
 
     @model_validator(mode="after")
     def _keeps_its_norm(self) -> Control:
@@ -103,7 +104,7 @@ class Control(RealignMethod):
 
         Args:
             modules: the model's modules.
-            edit_norms: module -> ‖ΔW_after − ΔW_before‖ under `of`, of those it edited.
+            edit_norms: module -> ‖ΔW_after − ΔW_before‖ under `of`, for the modules it edited.
         """
         return {name: norm for name, norm in edit_norms.items() if norm}
 
@@ -126,7 +127,7 @@ class Control(RealignMethod):
         return decisions
 
     def close_modules(self, modules: Sequence[ModuleStatistics]) -> list[str]:
-        """Those of the method it controls for, whose edits it copies module by module."""
+        """The close modules of `of`, whose edit norms are copied module by module."""
         return self.of.close_modules(modules)
 
 
@@ -159,8 +160,8 @@ class RandomModules(Control):
         edited = {name: norm for name, norm in edit_norms.items() if norm}
 
         def drawable(m: ModuleStatistics) -> bool:
-            # Only where the method has an edit to make: where V vanishes, or where there is nothing to add, it made
-            # one itself or has none. A method that edits untouched modules edits every module it can.
+            # Only modules in which the method has an edit to make: those it edited, and others where neither ΔW nor V
+            # vanishes. A method that edits untouched modules has edited all that it can.
             return m.module in edited or (not self.edits_untouched and m.delta_norm > 0.0 and m.lift is not None)
 
         names = sorted(m.module for m in modules if drawable(m))
@@ -206,14 +207,14 @@ class Noise(Control):
 
 
 def _all_if_any(modules: Sequence[ModuleStatistics], close: Sequence[str]) -> list[str]:
-    """All modules: what a control spreads over the model follows from all decisions of the method it controls for."""
+    """All modules if any is close: what this control does in a module follows from all of the method's decisions."""
     return [m.module for m in modules] if close else []
 
 
 def _edit_of(method: RealignMethod, module: Module) -> Delta:
-    """ΔW_after − ΔW_before under a method; a LoRA's, of the rank that the method itself is written with.
+    """ΔW_after − ΔW_before under a method; a LoRA's ΔW_after is cut to the rank that the method writes.
 
-    What recompression loses may be most of a dense edit: left for later, the control's edit would fall short.
+    The cut may take away most of a dense edit, so it comes before the edit is given its norm.
     """
     from fleet.algebra.delta import LowRank
     from fleet.algebra.spectral import truncated
@@ -227,7 +228,7 @@ def _edit_of(method: RealignMethod, module: Module) -> Delta:
 
 
 def _resized(module: Module, edit: Delta) -> Delta:
-    """ΔW plus an edit in this direction with the target's norm; ΔW as it is, if there is no direction."""
+    """ΔW plus the edit, scaled to the target norm; ΔW as it is, if the edit has no direction."""
     norm = edit.norm()
     if norm <= ROUNDING * module.delta.norm():
         return module.delta

@@ -6,9 +6,9 @@ P = U_kU_kᵀ and Q = R_kR_kᵀ of V's leading subspaces, ΔW splits into an ali
 
     X = aligned + partial / (1 + λ_p) + rest / (1 + λ_o).
 
-The paper's abstract ties the penalties to the parts' relative energies; we take λ_c = λ·‖ΔW_c‖²/‖ΔW‖², so a part is
-shrunk the more, the more of ΔW it holds. That form is inferred, not read: its table of parameters is not public.
-A LoRA gets the exact rank 2r: X is PB times one right factor plus (I − P)B times another.
+The paper's abstract ties the penalties to the parts' relative energies; we take λ_c = λ·‖ΔW_c‖²/‖ΔW‖², so a part that
+holds more of ΔW is shrunk more. This form is our inference from the abstract: the paper's table of parameters is not
+public. A LoRA gets the exact rank 2r: X is PB times one right factor plus (I − P)B times another.
 Defaults: k = 8, λ = 4, ours.
 """
 

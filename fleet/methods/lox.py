@@ -5,8 +5,8 @@ arXiv 2506.15606, eq. 4:
 
     W ← W + β·U_kΣ_kR_kᵀ,    V = W_aligned − W_unaligned ≈ U_kΣ_kR_kᵀ.
 
-The paper hardens the aligned model before it is fine-tuned; adding the same to a fine-tuned model is an extension. It
-is done in every module, whether or not the model was tuned there; embeddings are left alone. A LoRA gets rank r + k.
+The paper hardens the aligned model before it is fine-tuned; adding the same to a fine-tuned model is our extension. It
+is added in every module, whether or not the model was tuned there; embeddings are left alone. A LoRA gets rank r + k.
 Defaults: k = 6 and β = 0.5, ours.
 """
 
@@ -30,7 +30,7 @@ class Lox(RealignMethod):
     coefficient: float = Field(default=0.5, gt=0.0)
     """β: how far W is pushed, in units of V."""
     extrapolated_directions: int = Field(default=6, ge=1)
-    """k: how many of V's directions."""
+    """k: how many of V's leading directions are added."""
 
     @property
     def edits_untouched(self) -> bool:

@@ -1,4 +1,4 @@
-"""What is asked of a learned mask: how it is learned, on what, and how it is applied."""
+"""The parameters of a learned mask: how it is learned, on what, and how it is applied."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ class MaskTraining(Frozen):
     """How a mask is learned."""
 
     steps: int = Field(default=320, ge=1)
-    """Updates at most; the published 320 are one pass over 5,000 pairs."""
+    """The most updates; the published 320 are one pass over 5,000 pairs."""
     batch_size: int = Field(default=16, ge=1)
     """Preference pairs per update."""
     learning_rate: float = Field(default=5e-3, gt=0.0)
-    """Adam's, at its highest; it falls to zero along a cosine."""
+    """Adam's peak learning rate; it falls to zero along a cosine."""
     warmup_steps: int = Field(default=20, ge=0)
+    """Updates over which the learning rate rises to its peak."""
     beta: float = Field(default=0.1, gt=0.0)
     """DPO's β."""
     utility_weight: float = Field(default=0.0, ge=0.0)
     """μ: weight of KL(fine-tuned ‖ masked) on the models' task prompts."""
     sparsity_weight: float = Field(default=0.0, ge=0.0)
-    """Weight of mean σ(x), which presses the mask to keep less."""
+    """Weight of the mean of σ(x), a penalty that makes the mask keep less."""
     held_out: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of preferences and task prompts that only evaluate; 0 trains on all, to the last step."""
+    """Share of preferences and task prompts that only evaluate; 0 trains on all of them, for all `steps`."""
     evaluate_every: int = Field(default=20, ge=1)
     """Updates between evaluations of the expected mask on what is held out."""
     patience: int = Field(default=4, ge=1)
-    """Evaluations without a better one before training stops; the best mask is kept."""
+    """Training stops after so many evaluations without a better one; the best mask is kept."""
     divergence_max: float | None = Field(default=None, gt=0.0)
     """Only masks whose held-out KL from the fine-tuned model is at most this, in nats per token, can be the best."""
     max_tokens: int = Field(default=1024, ge=8)
-    """Longest prompt and reply together; longer pairs are cut at the end of the reply."""
+    """The most tokens of a prompt and a reply together; of longer ones the end of the reply is cut off."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the model computes in; logits and their gradients are float32."""
     seed: int = 0
-    """Of batches and of the mask's draws."""
+    """Seed of the batches and of the mask's draws."""
 
     @model_validator(mode="after")
     def _evaluates_what_it_limits(self) -> MaskTraining:
@@ -61,23 +62,25 @@ class MaskSpec(Frozen):
     mask: Literal["dense", "rank", "rows_and_columns", "factor"] = "dense"
     """What a logit stands for: an entry of ΔW, a singular component, a row or column, or an entry of a LoRA factor."""
     learn_on: Literal["model", "fusion"] = "model"
-    """Whether every model is made safe by itself, or all of them as the variant fuses them."""
+    """Whether a mask is learned on each model by itself, or on the variant's fusion of all its models."""
     shared: bool = True
     """Whether the models of a fusion share one mask, as published, or have one each."""
     initial_logit: float = 0.0
+    """x of every logit before training."""
     temperature: float = Field(default=0.5, gt=0.0)
     """λ of the Concrete distribution."""
     training: MaskTraining = MaskTraining()
     hardening: Literal["threshold", "expected", "sample"] = "expected"
     """How the learned mask is applied: σ(x) ≥ ½, σ(x) itself, or one seeded draw."""
     seed: int = 0
-    """Of `sample`, and of a random arrangement."""
+    """Seed of `hardening: sample` and of `arrangement: random`."""
     arrangement: Literal["learned", "random", "magnitude"] = "learned"
-    """`random` and `magnitude` are controls: the same values, in random places or the largest on the largest."""
+    """`random` and `magnitude` are controls: the same mask values in random places, or the largest on the largest
+    entries of ΔW."""
     learned_on: str | None = None
-    """The model of the catalogue whose mask every model takes; by default each its own."""
+    """The model of the catalogue whose mask is applied to every model; by default each has its own."""
     reuse: Uri | None = None
-    """The folder of a mask learned before: nothing is trained."""
+    """The folder of a mask that was learned before; then nothing is trained."""
     independent_adapters: bool = False
     """Allows a factor mask on adapters that did not start from base.safety; it then reverts to zero factors."""
 
@@ -98,7 +101,7 @@ class MaskSpec(Frozen):
 
     @property
     def reverts_to_safety(self) -> bool:
-        """Whether adapters are taken to continue the safety adapter, so that a factor mask reverts to it."""
+        """Whether adapters are taken to have started from the safety adapter, so that a factor mask reverts to it."""
         return self.mask == "factor" and not self.independent_adapters
 
     @property
@@ -106,6 +109,6 @@ class MaskSpec(Frozen):
         return self.mask in ("rank", "factor")
 
     def mask_identity(self) -> dict[str, Json]:
-        """What decides the learned logits; how they are applied afterwards is not in it."""
+        """The parameters that decide the learned logits, without those of how the mask is applied."""
         fields = {"mask", "initial_logit", "temperature", "training", "independent_adapters"}
         return self.model_dump(mode="json", include=fields)

@@ -1,4 +1,4 @@
-"""The rank that a realigned LoRA is written with, from headers alone: planning and the workers ask the same."""
+"""The rank that a realigned LoRA is written with, from headers alone: for planning and for the workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fleet.methods.base import Ranks, RealignMethod
 
 @dataclass(frozen=True)
 class Parts:
-    """What a realigned model may be made of."""
+    """The models that a realigned model is made of."""
 
     aligned: FullModel
     model: Model
@@ -24,7 +24,7 @@ class Parts:
         return lora_rank(self.model, tensor.removesuffix(".weight"))
 
     def edited_rank(self, method: RealignMethod, tensor: str) -> int:
-        """The rank of one module that the method has edited."""
+        """The rank that one module is written with after the method's edit."""
         module, limit = tensor.removesuffix(".weight"), min(canonical_shape(self.aligned, tensor))
         own, safety, harmful = (lora_rank(m, module) for m in (self.model, self.safety, self.harmful))
         return method.written_rank(Ranks(own, safety, harmful, limit))

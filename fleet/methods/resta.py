@@ -4,13 +4,13 @@ Source: Bhardwaj, Anh and Poria, "Language models are Homer Simpson!", ACL 2024,
 
     θ ← θ_finetuned + γ·δ_safe,    δ_safe = θ_aligned − θ_harmful,
 
-where θ_harmful is the aligned model made harmful by fine-tuning, so that δ_safe holds what refusing takes and little
-else. With θ_harmful a LoRA on the aligned model, δ_safe = −s_hB_hA_h and a LoRA stays one, of rank r + r_h: in product
-space, without the cross terms that adding factors has. RESTA_d drops entries of the task vector first (DARE, rate p);
-a LoRA is recompressed after that.
+where θ_harmful is the aligned model made harmful by fine-tuning, so that δ_safe is little more than the ability to
+refuse. If θ_harmful is a LoRA on the aligned model, δ_safe = −s_hB_hA_h, and a fine-tuned LoRA stays one, of rank
+r + r_h: the sum is in product space, without the cross terms of adding factors. RESTA_d drops entries of the task
+vector first (DARE, rate p); a LoRA is recompressed after that.
 
-`vector: displacement` takes V = W_aligned − W_unaligned for δ_safe, cut to its k leading directions: a cheap proxy,
-and a variant, not the paper's method: V holds all of instruction tuning, not only refusing.
+`vector: displacement` takes V = W_aligned − W_unaligned for δ_safe, cut to its k leading directions. This is a cheap
+proxy and not the paper's method: V holds all of instruction tuning, not only refusal.
 
 Defaults: γ = 0.3, within the 0.2 to 0.5 the paper and its users take; p = 0 (RESTA), 0.3 is usual for RESTA_d.
 """
@@ -39,9 +39,9 @@ class Resta(RealignMethod):
     vector: Literal["harmful", "displacement"] = "harmful"
     """The safety vector: from `base.harmful`, or the proxy from the unaligned model."""
     vector_directions: int = Field(default=8, ge=1)
-    """k: how many of V's directions the proxy has."""
+    """k: how many of V's leading directions the proxy has."""
     seed: int = 0
-    """Of the dropped entries."""
+    """Seed of the dropped entries."""
 
     @property
     def edits_untouched(self) -> bool:

@@ -1,6 +1,6 @@
 """Revert: take the whole task vector out, ΔW ← 0. The model becomes the aligned one, in every tensor.
 
-The end of every fallback: no more harmful than the aligned model, by construction, and of no use for the task.
+The last fallback: no more harmful than the aligned model, by construction, but without what was learned for the task.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@ C = VVᵀ/‖V‖,
     cos(ΔW, CΔW) ≤ τ:  ΔW ← CΔW = (CB)A;    otherwise ΔW stays.
 
 A LoRA stays one of the same rank, with the same A. C is no projector: its mean eigenvalue is ‖V‖/d_out, so for V of a
-usual size it shrinks ΔW to a hundredth or less, and the method is a deletion in all but name (`methods.md` §3.2). A
-record says so where the gain ‖CΔW‖/‖ΔW‖ is below 0.05, and `operator` offers what the deletion has to be compared with:
+usual size it shrinks ΔW to a hundredth or less, which amounts to deleting it (`methods.md` §3.2). A record says so
+where the gain ‖CΔW‖/‖ΔW‖ is below 0.05, and `operator` offers what the deletion has to be compared with:
 
 - `projection`: C, the paper's.
 - `norm_preserving`: CΔW · ‖ΔW‖/‖CΔW‖, or 0 where CΔW = 0.
-- `subspace`: U_kU_kᵀΔW with V's k leading left singular vectors, a projector indeed.
+- `subspace`: U_kU_kᵀΔW with V's k leading left singular vectors, which is a true projection.
 - `delete`: 0.
 
-`select` is the paper's: all modules at or below τ (default 0.5 for ρ), or the `number` (default 10) lowest ones.
+`select` has the paper's two rules: all modules at or below τ (default 0.5 for ρ), or the `number` (default 10) lowest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SafeLora(Gated):
     operator: Literal["projection", "norm_preserving", "subspace", "delete"] = "projection"
     """What an edited ΔW becomes; `projection` is the paper's."""
     subspace_directions: int = Field(default=8, ge=1)
-    """k of `subspace`."""
+    """k of `operator: subspace`: how many of V's leading directions it keeps."""
 
     paper_threshold: ClassVar[float] = 0.5
 

@@ -5,15 +5,15 @@ Source: Djuhera et al., "SafeMERGE", arXiv 2503.17239, §3. With V = W_aligned �
     ρ = cos(ΔW, CΔW);    ρ < τ:  ΔW ← αΔW + (1 − α)ΔW_safety;    otherwise ΔW stays.
 
 ρ is scale-free, so C is never built: two skinny products and r×r Grams give it exactly (`fleet.algebra.statistics`).
-A module whose statistic is undefined (ΔW = 0 or V = 0) is kept, and says so; the published code merges it.
+A module whose statistic is undefined (ΔW = 0 or V = 0) is kept, and its reason says so; the published code merges it.
 
 `merge` says how the two are merged:
 - `exact`, the paper's equation, in product space: a rank-(r + r_safety) LoRA by concatenation.
 - `peft_factor`, what the published code does, bit for bit: PEFT's linear operator, A = Σ√(w_i s_i)A_i and
-  B = Σ√(w_i s_i)B_i. It adds cross terms that the equation doesn't have; it is here to reproduce published numbers.
+  B = Σ√(w_i s_i)B_i. It adds cross terms that the equation doesn't have; it serves to reproduce published numbers.
 - `dare`: DARE on both task vectors first, in product space, each rescaled by 1/density.
 - `ties`: TIES of the two, in product space, with weights α and 1 − α.
-The last two see single entries of ΔW, so a LoRA is recompressed after them, and what is lost is in the record.
+The last two work on the entries of ΔW, so a LoRA is recompressed after them; the record says what was lost.
 
 Defaults: α = 0.8 and, for ρ, τ = 0.7, the paper's. The default statistic is lift, whose null is 1 at any shape: ρ is
 large wherever ΔW lies in one eigenspace of VVᵀ, whichever one, and its null depends on the shape.
@@ -42,7 +42,7 @@ class SafeMerge(Gated):
     density: float = Field(default=0.5, gt=0.0, le=1.0)
     """The share of entries that `dare` and `ties` keep."""
     seed: int = 0
-    """Of `dare`'s masks."""
+    """Seed of `dare`'s masks."""
 
     paper_threshold: ClassVar[float] = 0.7
 

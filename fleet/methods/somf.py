@@ -5,17 +5,17 @@ language models", arXiv 2405.09055. With δ_t = θ_t − θ_aligned,
 
     θ(m) = θ_aligned + F({m ⊙ δ_t / mean(m)}),        min over the mask's logits of L_DPO(θ(m); θ_aligned),
 
-where F is nothing (`learn_on: model`) or the variant's own fusion of all its models (`learn_on: fusion`). The mask is
-learned in a step of its own (`fleet.masks`); here is what it is asked for, and how it is applied.
+where F is the identity (`learn_on: model`) or the variant's own fusion of all its models (`learn_on: fusion`). The mask
+is learned in a step of its own (`fleet.masks`); this file has the method's parameters, and applies the mask.
 
 Where we differ from the released code (`methods.md` §1.3): the reference is the frozen aligned model itself, not a
 freshly masked one; TIES' gradient reaches every model; a hardened mask is applied to every model; logits are float32.
 
 Defaults: initial logit 0, temperature 0.5, β 0.1, batches of 16 pairs, Adam at 5e-3 with a cosine, the published ones;
-product space instead of factors. A mask is applied as `expected`, σ(x) itself, which is what the evaluations measure
-and what one `sample`, the published way, is on average. `threshold` takes x = 0.1 for as much as x = 5, so of a mask
-that hardly moved it makes far more than was learned. The published objective has no term for the tasks and none for
-sparsity: both are here, and off.
+product space instead of factors. A mask is applied as `expected`, σ(x) itself: the evaluations measure that, and it is
+the mean of `sample`, the published way. `threshold` treats x = 0.1 like x = 5, so it exaggerates a mask whose logits
+hardly moved. The published objective has no term for the tasks and none for sparsity; both exist here, with weight 0 by
+default.
 
 `arrangement` makes the control: the same mask values, in random places or on the largest entries of the task vector.
 """
@@ -56,7 +56,8 @@ class Somf(MaskSpec, RealignMethod):
         return self.learn_on == "fusion"
 
     def identity(self) -> dict[str, Json]:
-        # Where preferences or a mask lie is no part of what is made; their content is an input of the step.
+        # The addresses of preferences and masks decide nothing: their content is an input of the step. How the mask was
+        # trained is part of that content.
         return self.model_dump(mode="json", exclude={"preferences", "reuse", "training"})
 
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:

@@ -5,11 +5,10 @@ by a dimension-insensitive distance (DIEM, Tessari and Hogan, arXiv 2407.08623) 
 
     D = (d − E[d]) / sd[d],    d = the Euclidean distance of the two, each scaled to unit root mean square.
 
-Between independent Gaussian tensors of n entries d² is 2χ²_n, so E[d] ≈ √(2n) and sd[d] ≈ 1, and between the two it is
-√(2n(1 − ρ)): D = √(2n)(√(1 − ρ) − 1), from the survey alone. At equal ρ the smaller
-module goes first. The released code estimates E[d] from fifty copies of the
-pair itself, which makes its score the rounding of zero; its numbers cannot be reproduced from the equations.
-Default: the 10 highest D are removed, as many as Safe LoRA projects.
+Between independent Gaussian tensors of n entries d² is 2χ²_n, so E[d] ≈ √(2n) and sd[d] ≈ 1. Between ΔW and CΔW,
+d = √(2n(1 − ρ)). So D = √(2n)(√(1 − ρ) − 1), from the survey alone, and at equal ρ the smaller module goes first. The
+released code estimates E[d] from fifty copies of the pair itself, so its score is zero but for rounding, and its
+numbers cannot be reproduced from the equations. Default: the 10 highest D are removed, as many as Safe LoRA projects.
 """
 
 from __future__ import annotations
