@@ -1,17 +1,17 @@
-"""Arcee Fusion: of what one model changes in another, the entries that stand out.
+"""Arcee Fusion: a model takes over the entries of another in which the two differ most.
 
-Source: mergekit's `arcee_fusion`; it has no paper. From a model θ_1 to a model θ_2, of entry j in row i, where rows lie
-along the last axis in the files,
+Source: mergekit's `arcee_fusion`; it has no paper. For models θ_1 and θ_2 and entry j of row i, where rows lie along
+the last axis in the files,
 
     importance_ij = |θ_2,ij − θ_1,ij| · KL(softmax(θ_2,i) ‖ softmax(θ_1,i)),
     fused_ij = θ_2,ij where importance_ij ≥ median + k (Q3 − Q1), else θ_1,ij,
 
-with the median and the quartiles of the tensor's importances: each the lower of two neighbours, no value between them.
-Where more than three quarters of the importances are zero, so is the threshold, and θ_2's are all taken. The default,
-k = 1.5, is mergekit's. It adds 1e-8 to each probability, which is left out here, and takes the quartiles of a sample of
-tensors with more than a million entries; here they are exact.
+with the median and the quartiles of the tensor's importances, not interpolated: the lower of two neighbours. If more
+than three quarters of the importances are zero, the threshold is zero too, and all entries are θ_2's. The default,
+k = 1.5, is mergekit's. mergekit adds 1e-8 to each probability, which is left out here; of a tensor with more than a
+million entries it takes the quartiles of a sample, which are exact here.
 
-A variant of one model puts it into the aligned model, one of two the second into the first. Written as a full model.
+In a variant of one model, θ_1 is the aligned model; in one of two, the first model. The result is a full model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ArceeFusion(FusionMethod):
 
     method: Literal["arcee_fusion"]
     fence: float = Field(default=1.5, ge=0.0)
-    """k: how many interquartile ranges over the median an entry has to be."""
+    """k: how many interquartile ranges over the median an entry's importance has to be."""
 
     @model_validator(mode="after")
     def _takes_entries_as_they_are(self) -> ArceeFusion:
@@ -53,7 +53,7 @@ class ArceeFusion(FusionMethod):
         return True
 
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
-        """1 for each.
+        """1 for each model.
 
         Raises:
             ManifestError: there are more than two models.
@@ -66,7 +66,7 @@ class ArceeFusion(FusionMethod):
         return super().coefficients(models, place)
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
-        """Of the first quartile, the median and the third quartile."""
+        """The ranks of the first quartile, the median and the third quartile."""
         return {"importance": [size - quarters * (size - 1) // 4 for quarters in (1, 2, 3)]}
 
     def scores(self, entries: Entries) -> Mapping[str, torch.Tensor]:
@@ -76,7 +76,7 @@ class ArceeFusion(FusionMethod):
         first, second = _pair(entries)
         shape = (-1, entries.columns)
         aligned = entries.aligned.double().view(shape)
-        # In float64: between two fine-tunes the divergence is what is left of sums many times its size.
+        # In float64: between two fine-tunes, the divergence is a small difference of sums many times its size.
         log_q, log_p = (torch.log_softmax(aligned + value.double().view(shape), dim=1) for value in (first, second))
         divergence = (log_p.exp() * (log_p - log_q)).sum(dim=1, keepdim=True).clamp(min=0.0)
         return {"importance": ((second - first).abs().view(shape) * divergence.float()).view(-1)}
@@ -92,7 +92,7 @@ class ArceeFusion(FusionMethod):
 
 
 def _pair(entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two task vectors; zero is the aligned model's own, and of a model that leaves the tensor alone."""
+    """The task vectors of θ_1 and θ_2; zero for the aligned model, and for one that leaves the tensor alone."""
     import torch
 
     nothing = torch.zeros_like(next(iter(entries.values.values())))

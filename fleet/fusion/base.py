@@ -1,13 +1,13 @@
 """What a fusion method is: the task vectors of several models, in one tensor, become one.
 
-A method looks at a tensor in up to three passes over its entries, and says which of them it needs:
+A method makes up to three passes over a tensor's entries, and says which of them it needs:
 
-    thresholds: of each of its `scores`, the values of given `ranks` among all entries
-    sums:       of its `terms`, over all entries, such as the inner products of the task vectors
+    thresholds: for each of its `scores`, the values of given `ranks` among all entries
+    sums:       its `terms`, added up over all entries, such as the inner products of the task vectors
     combine:    entry by entry, the fused task vector from the models', the thresholds and the sums
 
 So a tensor need not be in memory: `fleet.fusion.streaming` makes the passes over runs of entries, `fuse` over a tensor
-that is there. A method that needs whole matrices overrides `fuse`, and says so.
+in memory. A method that needs whole matrices overrides `fuse`, and its `is_entrywise` is false.
 
 Like the realign methods, fusion methods import no torch until they work.
 """
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entries:
-    """A run of entries of one tensor, of every model that has a task vector there."""
+    """Consecutive entries of one tensor, for every model that has a task vector there."""
 
     values: Mapping[str, torch.Tensor]
     """Model -> its task vector, (n,) float32, in the manifest's order."""
     place: Place
     start: int
-    """Index of the first entry in the whole tensor, all counted in order."""
+    """Index of the first entry in the flattened tensor."""
     columns: int
     """Length of the tensor's last axis; a run holds whole rows."""
     curvature: Mapping[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
-    """Every model of the variant -> the Fisher of these entries, (n,) float32; empty where none is asked for."""
+    """Every model of the variant -> the Fisher of these entries, (n,) float32; empty if the method needs none."""
     models: Sequence[str] = ()
-    """All models of the variant, in the manifest's order, those too that leave the tensor alone."""
+    """All models of the variant, in the manifest's order, including those that leave the tensor alone."""
     aligned: torch.Tensor | None = None
-    """The aligned model's weights, (n,) float32; none where task vectors alone are at hand."""
+    """The aligned model's weights, (n,) float32; None where only task vectors are at hand."""
 
 
 CompiledMerge: TypeAlias = "Callable[[torch.Tensor, int], None]"
-"""Given (M + 2, n) bfloat16, the aligned model, the others and a row for the result, and the first entry's index in the
-tensor: writes the fused weights to the last row."""
+"""Takes rows (M + 2, n) bfloat16, which are the aligned model, the M others and one for the result, and the first
+entry's index in the flattened tensor; writes the fused weights to the last row."""
 
 Thresholds = Mapping[str, Sequence[float]]
 """Score -> the values of its ranks, in their order; inf for rank 0."""
@@ -66,9 +66,9 @@ class FusionMethod(BaseModel):
     weights: Mapping[str, Schedule] = Field(default_factory=dict)
     """Model name -> its relative weight, or a schedule of it; 1 for a model that isn't named."""
     output: Literal["auto", "adapter", "model"] = "auto"
-    """`adapter` keeps a LoRA fleet a LoRA, `model` writes full weights, `auto` keeps LoRA where every member is one."""
+    """`adapter` writes a LoRA, `model` full weights, `auto` a LoRA if every member is one and the method allows it."""
     max_rank: int | None = Field(default=None, ge=1)
-    """LoRAs are fused into a LoRA of at most this rank, by SVD, whatever the method; the record has what is lost."""
+    """LoRAs are fused into a LoRA of at most this rank, by SVD, whatever the method; the record says what was lost."""
 
     @model_validator(mode="after")
     def _only_an_adapter_has_a_rank(self) -> FusionMethod:
@@ -83,79 +83,79 @@ class FusionMethod(BaseModel):
 
     @property
     def is_linear(self) -> bool:
-        """Whether a fused task vector is Σ_t λ_t τ_t with λ from `coefficients`, whatever the values."""
+        """Whether a fused task vector is Σ_t λ_t τ_t with λ from `coefficients`, whatever the task vectors."""
         return True
 
     @property
     def keeps_lora(self) -> bool:
-        """Whether task vectors that are LoRAs fuse into one."""
+        """Whether task vectors that are LoRAs fuse into a LoRA."""
         return self.is_linear
 
     @property
     def is_entrywise(self) -> bool:
-        """Whether the passes say it all; a method that needs whole matrices overrides `fuse`."""
+        """Whether the three passes are enough; False for a method that needs whole matrices and overrides `fuse`."""
         return True
 
     @property
     def is_global(self) -> bool:
-        """Whether a model's thresholds are of all its tensors together, not of each."""
+        """Whether a model's thresholds are over all its tensors together, instead of over each."""
         return False
 
     @property
     def curvature(self) -> CurvatureKind | None:
-        """What it has to know of each model beside the weights; the manifest says where that is."""
+        """The curvature that the method needs of each model; the manifest says where it is. None if it needs none."""
         return None
 
     @property
     def may_lack_curvature(self) -> bool:
-        """Whether a tensor is fused all the same where a model's curvature has nothing of it."""
+        """Whether a tensor is fused even if a model's curvature doesn't cover it."""
         return False
 
     @property
     def without_curvature(self) -> str:
-        """The method's own way out where curvature is lacking, as the end of a message."""
+        """What the method offers where curvature is lacking: the end of the error message, empty by default."""
         return ""
 
     @property
     def reads_aligned(self) -> bool:
-        """Whether it looks at the aligned model's weights: then `fuse`, which has task vectors alone, can't do it."""
+        """Whether the method reads the aligned model's weights, which `fuse` doesn't have, given task vectors alone."""
         return False
 
     # -- the passes ----------------------------------------------------------------------------------------------
 
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
-        """λ_t of every model of the variant, by name; over all of them, even those that leave a tensor alone."""
+        """Model -> λ_t, for all models of the variant, including those that leave the tensor alone."""
         return {m: self.weight(m, place) for m in models}
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
-        """Score -> the ranks from above, of a tensor of `size` entries, whose values are wanted; none by default."""
+        """Score -> the ranks, counted from the largest of `size` entries, of its thresholds; by default none."""
         return {}
 
     def scores(self, entries: Entries) -> Mapping[str, torch.Tensor]:
-        """What thresholds are found of: score -> (n,) float32, whose magnitudes count; here every model's τ_t."""
+        """Score -> (n,) float32, whose magnitudes are ranked for thresholds; by default every model's τ_t."""
         return {name: value.detach() for name, value in entries.values.items()}
 
     def terms(self, entries: Entries, thresholds: Thresholds) -> torch.Tensor | None:
-        """What is added up over all entries, float64 of any shape; None where nothing is."""
+        """These entries' part of the sums, float64 of any shape; None if the method needs no sums."""
         return None
 
     def combine(
         self, entries: Entries, weights: Mapping[str, float], thresholds: Thresholds, sums: torch.Tensor | None
     ) -> torch.Tensor:
-        """The fused task vector, (n,) float32; here the linear one, Σ_t λ_t τ_t. Differentiable in the task vectors.
+        """The fused task vector, (n,) float32; by default Σ_t λ_t τ_t. Differentiable in the task vectors.
 
         Args:
-            entries: at least one model's.
+            entries: with at least one model's task vector.
             weights: model -> λ_t, from `coefficients`.
-            thresholds: what was asked for by `ranks`.
-            sums: what `terms` came to, for the whole tensor.
+            thresholds: the values of `ranks`.
+            sums: `terms`, added up over the whole tensor.
         """
         return weighted_sum(entries.values, weights)
 
     def compiled(
         self, models: Sequence[str], weights: Mapping[str, float], place: Place, thresholds: Thresholds
     ) -> CompiledMerge | None:
-        """A loop over full models in bfloat16 that gives the bits of `combine`; None of a method that has none."""
+        """A compiled loop over full models in bfloat16, with the bits of `combine`; None if the method has none."""
         return None
 
     # -- a tensor that is in memory ------------------------------------------------------------------------------
@@ -176,9 +176,9 @@ class FusionMethod(BaseModel):
                 model that leaves the tensor alone is not in it.
             weights: model -> λ_t, from `coefficients`.
             piece: which entries of the tensor these are.
-            thresholds: those of whole models; the tensor's own without them.
-            curvature: every model of the variant -> what the method asks for: a Fisher of the tensor's own shape, or a
-                Gram matrix (…, d_in, d_in); none where a tensor has no Gram matrices.
+            thresholds: those over whole models; None for the tensor's own.
+            curvature: every model of the variant -> its Fisher, of the tensor's own shape, or its Gram matrix
+                (…, d_in, d_in); empty or None where a tensor has no Gram matrices.
         """
         import torch
 
@@ -202,7 +202,7 @@ class FusionMethod(BaseModel):
 
 
 def shares(weights: Mapping[str, float], place: Place) -> dict[str, float]:
-    """Weights over their sum.
+    """Model -> its weight, divided by the sum of the weights.
 
     Raises:
         ManifestError: one is negative, or all are zero.
@@ -217,7 +217,7 @@ def shares(weights: Mapping[str, float], place: Place) -> dict[str, float]:
 
 
 def linear_combination(deltas: Mapping[str, Delta], weights: Mapping[str, float]) -> Delta:
-    """Σ_t λ_t τ_t, of LoRAs by concatenation; in the order given, so rounding never varies."""
+    """Σ_t λ_t τ_t, for LoRAs by concatenation. Added up in the order given, so rounding never varies."""
     (first, *others) = deltas
     total = deltas[first].scaled(weights[first])
     for name in others:

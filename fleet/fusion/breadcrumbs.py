@@ -1,8 +1,9 @@
-"""Model breadcrumbs: of every task vector leave out the largest entries, which are outliers, and the smallest.
+"""Model breadcrumbs: leave out every task vector's largest entries, which are outliers, and its smallest.
 
-Source: Davari and Belilovsky, "Model breadcrumbs", arXiv 2312.06795, §3. `density` of the entries stay: those after the
-largest `outliers`, of which fewer are left out where else too few would stay. Defaults are mergekit's, 1 % outliers;
-with `consensus: sum` it is `breadcrumbs_ties` there. Written as a full model.
+Source: Davari and Belilovsky, "Model breadcrumbs", arXiv 2312.06795, §3. By magnitude, the largest entries, a share
+`outliers`, are left out, and the next, a share `density`, stay; fewer outliers are left out if otherwise too few
+entries would stay. Defaults are mergekit's, 1 % outliers; with `consensus: sum` this is mergekit's `breadcrumbs_ties`.
+The result is a full model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Breadcrumbs(SparseFusion):
     density: PerModel[Share] = 0.9
     """The share of a task vector's entries that stay: for all models, or by model, 1 for one that isn't named."""
     outliers: float = Field(default=0.01, ge=0.0, lt=1.0)
-    """γ: the share of the largest entries, which are left out."""
+    """γ: the share of entries, the largest ones, that are left out."""
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
         found: dict[str, tuple[int, int]] = {}

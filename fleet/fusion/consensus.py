@@ -1,13 +1,13 @@
-"""Consensus merging: of the sum of the task vectors, the entries that at least k of the models need.
+"""Consensus merging: the sum of the task vectors, in the entries that at least k of the models need.
 
 Source: Wang et al., "Localizing task information for improved model merging and compression", arXiv 2405.07813 (TALL
 masks and consensus merging). With τ_MTL = Σ_t w_t τ_t,
 
     m_t = 1[|τ_t| ≥ λ |τ_MTL − τ_t|],   fused = scale · 1[Σ_t m_t ≥ k] · τ_MTL.
 
-Entries that one model alone needs are left out, and those that none does. Defaults: k = 2, the paper's; λ = 0.4, which
-the paper tunes between 0.2 and 0.6; and task arithmetic's scale, 0.3. Of fewer than k models all have to agree, so a
-model alone keeps its task vector. Written as a full model.
+Other entries become zero: those that fewer models need, or none. Defaults: k = 2, the paper's; λ = 0.4, which the paper
+tunes between 0.2 and 0.6; and task arithmetic's scale, 0.3. In a variant of fewer than k models, all have to need an
+entry. The result is a full model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Consensus(FusionMethod):
     mask_scale: float = Field(default=0.4, gt=0.0)
     """λ: the higher, the fewer entries a model's mask has."""
     scale: float = Field(default=0.3, gt=0.0)
-    """On the result."""
+    """Factor on the result."""
 
     @property
     def is_linear(self) -> bool:

@@ -1,9 +1,10 @@
 """DARE: drop entries of every task vector at random, rescale what stays by 1/(1 − p), add the task vectors up.
 
 Source: Yu et al., "Language models are super Mario", arXiv 2311.03099, eq. 1 and 2. The mask is on the product, not on
-LoRA factors, and is drawn for (seed, model, tensor): neither another model nor where a tensor is cut changes it.
-Defaults are SOMF's: 20 % are dropped, λ = 0.3, task arithmetic. With `consensus: sum` this is DARE-TIES; TIES' trim is
-replaced by the drop. mergekit rescales to the L1 norm there was instead. Written as a full model.
+LoRA factors, and is drawn for (seed, model, tensor): it depends neither on the other models nor on how a tensor is
+split over workers. Defaults are SOMF's: 20 % are dropped, λ = 0.3, task arithmetic. With `consensus: sum` this is
+DARE-TIES, where the drop replaces TIES' trim. mergekit instead rescales to the L1 norm before the drop. The result is a
+full model.
 """
 
 from __future__ import annotations

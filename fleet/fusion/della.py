@@ -1,15 +1,16 @@
-"""DELLA: drop entries of every task vector at random, small ones likelier, and rescale what stays by its probability.
+"""DELLA: drop entries of every task vector at random, small ones more often, and rescale what stays by its probability.
 
 Source: Deep, Bhardwaj and Poria, "DELLA-Merging", arXiv 2406.11617 (MagPrune). Within each row of n entries, entry i
 with rank r_i by magnitude, 0 the smallest, stays with probability
 
     p_i = density − ε + 2ε · r_i/(n − 1)
 
-and is divided by p_i, so that the mean stays. ε is mergekit's, 0.15; the paper's is its double. mergekit rescales to
-the L1 norm instead of by 1/p_i. A tensor with one axis is one row; entries of equal magnitude rank in their order; a
-row of one entry stays with probability `density`. A density of 1 keeps everything, whatever ε. The mask is drawn for
-(seed, model, tensor), as DARE's. The density, which the paper tunes, is ours: 0.7. After the drop a sign is elected, as
-in TIES (`consensus: sum`); with `consensus: none` this is mergekit's `della_linear`. Written as a full model.
+and is divided by p_i, so that the mean stays. ε is defined as in mergekit, whose default is 0.15; the paper's ε is 2ε
+here. mergekit rescales to the L1 norm instead of by 1/p_i. A tensor with one axis is one row; entries of equal
+magnitude rank in their order; a row of one entry stays with probability `density`. A density of 1 keeps everything,
+whatever ε. The mask is drawn for (seed, model, tensor), as DARE's. The default density, 0.7, is ours; the paper tunes
+it. After the drop a sign is elected, as in TIES (`consensus: sum`); with `consensus: none` this is mergekit's
+`della_linear`. The result is a full model.
 """
 
 from __future__ import annotations

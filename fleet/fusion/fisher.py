@@ -5,13 +5,14 @@ diagonal of model t's Fisher information, and all operations entry by entry,
 
     fused = Σ_t λ_t F_t τ_t / Σ_t λ_t F_t,
 
-which on weights is the same equation. The sums are over all models of the variant: one that leaves a tensor alone pulls
-it to the aligned model's. An F_t below `floor` counts as it, so where no model depends on an entry, it is the mean with
-the weights λ_t. The default, 1e-20, is a gradient of 1e-10: rounding, whatever the model. The paper's code has 1e-6,
-which for language models can be above most entries. A model whose Fisher is larger altogether counts more, as in the
-paper; `weights` can even that out. Default: equal λ_t. Written as a full model.
+and the same equation holds for weights instead of task vectors. The sums are over all models of the variant: one that
+leaves a tensor alone pulls it towards the aligned model's. An F_t below `floor` is raised to it, so an entry on which
+no model depends is the mean with the weights λ_t. The default, 1e-20, corresponds to a gradient of 1e-10, which is
+rounding in any model. The paper's code has 1e-6, which for language models can be above most entries. A model whose
+Fisher is larger overall counts more, as in the paper; `weights` can even that out. Default: equal λ_t. The result is a
+full model.
 
-A realigned model has its fine-tuned model's Fisher: the repair is small, and the task is the same.
+For a realigned model, its fine-tuned model's Fisher is used: the repair is small, and the task is the same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Fisher(FusionMethod):
 
     method: Literal["fisher"]
     floor: float = Field(default=1e-20, ge=1e-30)
-    """The least that an entry of a Fisher counts as; in the files' own unit, squared gradients."""
+    """Smaller entries of a Fisher are raised to this; in the files' own unit, squared gradients."""
 
     @property
     def is_linear(self) -> bool:
@@ -46,7 +47,7 @@ class Fisher(FusionMethod):
         return "fisher"
 
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
-        """λ_t, over their sum.
+        """λ_t: the models' weights, divided by their sum.
 
         Raises:
             ManifestError: a weight is negative here, or all are zero.
@@ -60,5 +61,5 @@ class Fisher(FusionMethod):
 
         pulls = {name: entries.curvature[name].clamp(min=self.floor) * weight for name, weight in weights.items()}
         total = sum_of([*pulls.values()])
-        # Each share apart, so that a model alone has exactly 1 everywhere.
+        # The pull is divided before it is multiplied, so that a single model has exactly 1 everywhere.
         return sum_of([value * (pulls[name] / total) for name, value in entries.values.items()])

@@ -1,8 +1,8 @@
-"""What methods share whose fused task vector is Σ_t c_t τ_t, where c depends on the task vectors' inner products alone.
+"""The base of methods that fuse to Σ_t c_t τ_t, where c depends on the task vectors' inner products alone.
 
 Lengths and angles of the task vectors, and so everything in their span, follow from the T×T matrix of ⟨τ_s, τ_t⟩ over
 one tensor. For LoRAs it comes from the factors, ⟨B_sA_s, B_tA_t⟩ = tr((B_sᵀB_t)(A_tA_sᵀ)), and their fusion is again a
-LoRA (`methods.md` §8.1 and §8.4). All of it in float64: inner products square the condition number.
+LoRA (`methods.md` §8.1 and §8.4). All of this is computed in float64: inner products square the condition number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fleet.algebra.sparsify import Piece
 
 _CHUNK = 1 << 17
-"""Entries that are in float64 at once."""
+"""How many entries of each model are in float64 at once."""
 
 
 class GramFusion(FusionMethod):
@@ -35,7 +35,7 @@ class GramFusion(FusionMethod):
         return True
 
     def mix(self, gram: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """The coefficients of the task vectors: (T,) float64. Finite also where some of them, or all, are zero.
+        """c, the coefficients of the task vectors: (T,) float64, finite even if some or all task vectors are zero.
 
         Args:
             gram: ⟨τ_s, τ_t⟩ of all models of the variant, in the manifest's order, (T, T) float64. A model that leaves

@@ -5,8 +5,8 @@ Source: Marczak et al., "No task left behind: isotropic model merging with commo
 
     fused = λ σ̄ U Vᵀ,   σ̄ = (1/r) Σ_i σ_i.
 
-The paper's r is min(d_out, d_in). Here it is the rank, singular values that are rounding left out: of a sum of LoRAs,
-flattening all of them would give weight to directions that no model has (`methods.md` §6). Default: λ = 1; the paper
+The paper's r is min(d_out, d_in). Here it is the numerical rank, without singular values that are rounding: in a sum of
+LoRAs, raising those would give weight to directions that no model has (`methods.md` §6). Default: λ = 1; the paper
 tunes it.
 """
 

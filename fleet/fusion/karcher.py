@@ -6,8 +6,8 @@ Fillmore, "Spherical averages", 2001, alg. A1. With u_t = τ_t/‖τ_t‖ and m 
     v = Σ_t w_t log_m(u_t),   log_m(u) = θ/sin θ · (u − cos θ · m),  cos θ = ⟨u, m⟩
     m ← cos‖v‖ · m + sin‖v‖ · v/‖v‖,
 
-until ‖v‖ is at most `tol`; fused = Σ_t w_t ‖τ_t‖ · m. Weights add up to 1. A task vector that is zero has no direction,
-and counts in the mean of lengths alone. Where the directions cancel, so that Σ w_t u_t = 0, their mean is not unique
+until ‖v‖ is at most `tol`; fused = Σ_t w_t ‖τ_t‖ · m. The weights add up to 1. A task vector that is zero has no
+direction, and counts only in the mean of lengths. If the directions cancel, Σ w_t u_t = 0, their mean is not unique,
 and the fused task vector is Σ w_t τ_t. Defaults are mergekit's.
 """
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 _CANCELLED = 1e-6
-"""A length of Σ w_t u_t up to which it is rounding, not a direction."""
+"""Up to this length, Σ w_t u_t is rounding, not a direction."""
 
 _FLAT = 1e-6
-"""A sine up to which θ/sin θ is 1 within float64, or the vectors are opposite and log says nothing."""
+"""Up to this sine, θ/sin θ is 1 within float64, or the vectors are opposite and log_m is undefined; 1 is taken."""
 
 
 class Karcher(GramFusion):
@@ -34,8 +34,9 @@ class Karcher(GramFusion):
 
     method: Literal["karcher"]
     max_iter: int = Field(default=10, ge=1)
+    """The most steps."""
     tol: float = Field(default=1e-5, gt=0.0)
-    """The length of a step, in radians, after which no other follows."""
+    """The iteration ends at a step of at most this length, in radians."""
 
     def mix(self, gram: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         return spherical_mean(gram, shares, self.max_iter, self.tol)
@@ -44,11 +45,11 @@ class Karcher(GramFusion):
 def spherical_mean(gram: torch.Tensor, shares: torch.Tensor, max_steps: int, tolerance: float) -> torch.Tensor:
     """The coefficients of the mean direction with the mean length: (T,) float64.
 
-    All vectors are in the span of the directions u_t, given by their coefficients; lengths come from the cosines.
+    Vectors are given by their coefficients over the directions u_t; their lengths follow from the u_t's cosines.
 
     Args:
         gram: ⟨τ_s, τ_t⟩, (T, T) float64.
-        shares: not negative, sum 1: (T,) float64.
+        shares: w_t, not negative, with sum 1: (T,) float64.
     """
     import torch
 

@@ -4,9 +4,9 @@ Source: Stoica et al., "Model merging with SVD to tie the KnOTS", arXiv 2410.197
 
     [ΔW_1 … ΔW_T] = U Σ [V_1ᵀ … V_Tᵀ],   fused = λ U · TIES(ΣV_1ᵀ, …, ΣV_Tᵀ)
 
-and ΣV_tᵀ = UᵀΔW_t. Of LoRAs with [B_1 … B_T] = Q [R_1 … R_T] and A_tᵀ = Q_tT_t, U is Q times the left singular vectors
+and ΣV_tᵀ = UᵀΔW_t. For LoRAs with [B_1 … B_T] = Q [R_1 … R_T] and A_tᵀ = Q_tT_t, U is Q times the left singular vectors
 of the small [R_1T_1ᵀ … R_TT_Tᵀ], and the fusion is a LoRA (`methods.md` §8.5). The official code leaves out singular
-values below an absolute bound, which a small LoRA does not reach; here the bound is relative.
+values below an absolute bound, which may be all of a small LoRA's; here the bound is relative.
 Defaults: nothing is trimmed, as in the official code; agreeing entries are averaged, as in TIES.
 """
 
@@ -34,7 +34,7 @@ class Knots(MatrixFusion):
     density: Share = 1.0
     """The share of each ΣV_tᵀ's entries that stay."""
     consensus: Literal["sum", "mean"] = "mean"
-    """What becomes of the entries that agree with the elected sign; the mean is weighted with the models' weights."""
+    """How the entries that agree with the elected sign are combined; the mean is weighted with the models' weights."""
 
     def product(self, deltas: Mapping[str, Delta], weights: Mapping[str, float], place: Place) -> LowRank:
         from fleet.algebra.delta import Dense, LowRank
@@ -47,7 +47,7 @@ class Knots(MatrixFusion):
 
 
 def _shared_basis(deltas_M: Sequence[Delta], tolerance: float) -> torch.Tensor:
-    """U, on the support: (d_out, R)."""
+    """U, without the directions whose singular values are rounding: (d_out, R), float64 for LoRAs."""
     import torch
 
     from fleet.algebra import linalg

@@ -1,8 +1,8 @@
-"""What KnOTS, TSV-M and Iso-C share: they work on whole matrices, in bases that singular vectors give.
+"""The base of KnOTS, TSV-M and Iso-C, which work on whole matrices in bases of singular vectors.
 
-Tensors that are no matrices get the mean, Σ_t w_t τ_t / T over all T models of the variant, as in the papers of the
-last two. Task vectors that are LoRAs give one, of at most the sum of their ranks, and no d_out × d_in matrix is built.
-Singular values up to a share of the largest one are rounding: their directions are arbitrary, so they are left out.
+Tensors that are no matrices get the mean, λ Σ_t w_t τ_t / T over all T models of the variant, as in the papers of the
+last two. LoRAs are fused into a LoRA of at most the sum of their ranks, and no d_out × d_in matrix is built. Singular
+values up to a share `tolerance` of the largest are rounding: their directions are arbitrary, so they are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MatrixFusion(FusionMethod):
     """Parameters of the methods that need whole matrices."""
 
     scale: float = Field(default=1.0, gt=0.0)
-    """λ, on the result."""
+    """λ, the factor on the result."""
     tolerance: float = Field(default=1e-5, ge=0.0, lt=1.0)
     """Singular values up to this share of the largest count as zero."""
 
@@ -44,11 +44,11 @@ class MatrixFusion(FusionMethod):
         return False
 
     def product(self, deltas: Mapping[str, Delta], weights: Mapping[str, float], place: Place) -> LowRank:
-        """The fused task vector of a matrix without λ, as a product, of any rank and dtype.
+        """The fused task vector of a matrix, before λ, as a product of any rank and dtype.
 
         Args:
             deltas: model -> its task vector, (d_out, d_in), in the manifest's order; all LoRAs or all dense.
-            weights: model -> λ_t, of all models of the variant.
+            weights: model -> w_t, of all models of the variant.
         """
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class MatrixFusion(FusionMethod):
         thresholds: Thresholds | None = None,
         curvature: Mapping[str, torch.Tensor] | None = None,
     ) -> Delta:
-        """One tensor's fused task vector, the whole tensor's."""
+        """One tensor's fused task vector; `deltas` have to be of the whole tensor."""
         from fleet.algebra.delta import Dense, LowRank
 
         if len(next(iter(deltas.values())).shape) != 2:
@@ -75,7 +75,7 @@ class MatrixFusion(FusionMethod):
 
 
 def support(delta: Delta, tolerance: float) -> Triplets:
-    """The singular triplets whose values aren't rounding; a LoRA's in float64."""
+    """The singular triplets whose values are over `tolerance` times the largest; a LoRA's in float64."""
     from fleet.algebra import linalg
     from fleet.algebra.delta import LowRank
     from fleet.algebra.spectral import Triplets, low_rank_triplets
@@ -89,5 +89,5 @@ def support(delta: Delta, tolerance: float) -> Triplets:
 
 
 def count_above(values: torch.Tensor, tolerance: float) -> int:
-    """How many of these singular values, in falling order, are over this share of the first."""
+    """How many singular values, given in falling order, are over `tolerance` times the first."""
     return int((values > tolerance * values[:1]).sum())

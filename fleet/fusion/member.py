@@ -1,4 +1,4 @@
-"""Who takes part in a fusion, and the rank of what comes out where all are LoRAs."""
+"""The members of a fusion, and the rank of the fused LoRA where all are LoRAs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class Member:
     name: str
     uri: str
     curvature: str | None = None
-    """Folder of what the method has to know of it beside the weights."""
+    """URI of the folder with the model's curvature; None if the method needs none."""
 
 
 def fused_rank(method: FusionMethod, ranks_M: Iterable[int], shape: tuple[int, ...] = ()) -> int:
-    """The rank that a fused LoRA is written with: of one module from its members' ranks there, or of all, at most.
+    """The rank that a fused LoRA is written with in one module; without a shape, at most in any.
 
     Args:
-        shape: the module's, which bounds the rank of what is recompressed; without it the bound is the method's alone.
+        ranks_M: the members' ranks in the module; without a shape, their largest ranks.
+        shape: the module's, which bounds the rank of what is recompressed to `max_rank`.
     """
     rank = sum(ranks_M)
     return rank if method.max_rank is None else min(rank, method.max_rank, *shape)

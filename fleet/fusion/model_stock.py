@@ -1,13 +1,13 @@
-"""Model stock: the mean of the task vectors, shrunk by how far apart they point.
+"""Model stock: the mean of the task vectors, shrunk the more, the wider the angle between them.
 
 Source: Jang, Yun and Han, "Model stock: all we need is just a few fine-tuned models", arXiv 2403.19522. With θ the
 angle between the task vectors of N models in this tensor,
 
     fused = t · (1/N) Σ_t τ_t,   t = N cos θ / (1 + (N − 1) cos θ).
 
-The paper has one angle; cos θ is the mean over pairs, as in mergekit. A task vector that is zero has no angle, and
-counts in the mean alone. With fewer than two that aren't, t = 1: one model gives its own. Where cos θ is negative
-the paper's geometry ends, and t = 0. Default: equal weights; others weight the mean.
+The paper has one angle; here cos θ is the mean over pairs, as in mergekit. A task vector that is zero has no angle, and
+counts only in the mean. With fewer than two others, t = 1: a single model keeps its task vector. The paper's geometry
+doesn't cover a negative cos θ; then t = 0. Default: equal weights; others weight the mean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Multi-SLERP: the weighted mean of the task vectors' directions in one tangent space, with the mean of their lengths.
 
-Source: Goddard's note "Multi-SLERP" and mergekit's `multislerp`; the tangent space is at the normalised Σ w_t u_t with
-u_t = τ_t/‖τ_t‖, and the step one of the Karcher mean's (`fleet.fusion.karcher`, where its equations and its edge cases
-are). mergekit projects onto the tangent space instead of taking the logarithm; such tangents add up to zero, so its
-result is the normalised Σ w_t u_t itself. The two differ by third-order terms of the angles.
+Source: Goddard's note "Multi-SLERP" and mergekit's `multislerp`. The tangent space is at the normalised Σ w_t u_t with
+u_t = τ_t/‖τ_t‖, and the result is one step of the Karcher mean from there; `fleet.fusion.karcher` has the equations and
+the edge cases. mergekit projects onto the tangent space instead of taking the logarithm; such tangents add up to zero,
+so its result is the normalised Σ w_t u_t itself. The two differ by third-order terms of the angles.
 Default: equal weights.
 """
 

@@ -1,7 +1,7 @@
-"""Where a tensor is in its model, and numbers that depend on it.
+"""Where a tensor is in its model, and schedules: parameters that depend on it.
 
 A schedule is written as mergekit's users write it: a number; a gradient, whose numbers lie evenly over the depth of the
-model and are interpolated; or rules, of which the first whose filter is part of the tensor's name decides.
+model and are interpolated; or rules, of which the first one applies whose filter is part of the tensor's name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     filter: str | None = None
-    """Part of a tensor's name; every tensor without it."""
+    """Part of a tensor's name; without it, the rule is for every tensor."""
     value: float | Gradient
 
 
@@ -63,7 +63,7 @@ def at(schedule: Schedule, place: Place) -> float:
 
 
 def places(tensors: Iterable[str]) -> dict[str, Place]:
-    """Every tensor's place, by the first number in its name; what has none is an embedding, or comes at the end."""
+    """Tensor -> its place. The first number in a name is the layer; without one, an embedding has depth 0, others 1."""
     layers = {name: int(found[1]) if (found := _LAYER.search(name)) else None for name in tensors}
     last = max((layer for layer in layers.values() if layer is not None), default=0)
     return {name: Place(name, _depth(name, layer, last)) for name, layer in layers.items()}

@@ -2,20 +2,22 @@
 
 Source: Jin et al., "Dataless knowledge fusion by merging weights of language models", arXiv 2212.09849, eq. 2 and the
 scaling of section 3.3. With G_t = X_tᵀX_t the Gram matrix of a Linear's inputs X_t (n, d_in) under model t, G̃_t the
-same with all off its diagonal times α, and ΔW_t (d_out, d_in),
+same with its off-diagonal entries times α, and ΔW_t (d_out, d_in),
 
     fused = (Σ_t λ_t ΔW_t G̃_t) (Σ_t λ_t G̃_t)^-1,
 
-which is the least squares of Σ_t λ_t ‖X_t Wᵀ − X_t W_tᵀ‖² where α = 1, and on weights the same equation. The sums are
-over all models of the variant. Other tensors get the mean with the weights λ_t, and so does the part of a Linear whose
-inputs are zero in all of X_t. A LoRA's ΔW_t G̃_t is B_t(A_tG̃_t), so LoRAs fuse into one of the sum of their ranks.
+which for α = 1 minimises Σ_t λ_t ‖X_t Wᵀ − X_t W_tᵀ‖²; the same equation holds for weights instead of task vectors. The
+sums are over all models of the variant. Other tensors get the mean with the weights λ_t, and so do a Linear's columns
+for inputs that are zero in all X_t. A LoRA's ΔW_t G̃_t is B_t(A_tG̃_t), so LoRAs fuse into one of the sum of their ranks.
 Defaults: α = 0.9, the paper's, with which the inverse always exists; equal λ_t.
 
-In float64, scaled to a unit diagonal: then no eigenvalue is below 1 − α, whatever the inputs' sizes. Matrices of which
-the smallest eigenvalue may be what rounding left of zero are refused (`least_eigenvalue`). A model with more tokens in
-its Gram matrix counts more, as in the paper; divide by the number of tokens where that isn't wanted.
+The inverse is taken in float64, of the sum scaled to a unit diagonal: then no eigenvalue is below 1 − α, whatever the
+inputs' sizes. A sum whose smallest eigenvalue may be zero but for rounding is refused (`least_eigenvalue`). A model
+with more tokens in its Gram matrix counts more, as in the paper; divide by the number of tokens where that isn't
+wanted.
 
-A realigned model has its fine-tuned model's Gram matrices: the repair is small, and the inputs are the same texts.
+For a realigned model, its fine-tuned model's Gram matrices are used: the repair is small, and the inputs are the same
+texts.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _SUM_ROUNDING = 2.0**-24
 """The unit roundoff of float32, in which Gram matrices are summed unless they are stored in float64."""
 
 _OWN_ROUNDING = 8 * 2.0**-53
-"""What float64's own arithmetic may add to an eigenvalue, as a share of the norm: 2.2 roundoffs at most, measured."""
+"""What float64's own arithmetic may add to an eigenvalue, as a share of the norm. Measured: at most 2.2 roundoffs."""
 
 
 class RegMean(FusionMethod):
@@ -50,7 +52,7 @@ class RegMean(FusionMethod):
     off_diagonal: float = Field(default=0.9, ge=0.0, le=1.0)
     """α; at 1, Gram matrices of fewer tokens than d_in are singular, and refused."""
     without_gram: Literal["refuse", "mean"] = "refuse"
-    """What becomes of a Linear for which a model has no Gram matrix: the run is refused, or it gets the mean."""
+    """What to do about a Linear for which a model has no Gram matrix: refuse the run, or give the Linear the mean."""
 
     @property
     def is_linear(self) -> bool:
@@ -77,7 +79,7 @@ class RegMean(FusionMethod):
         return '; or set fuse.without_gram to "mean"'
 
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
-        """λ_t, over their sum.
+        """λ_t: the models' weights, divided by their sum.
 
         Raises:
             ManifestError: a weight is negative here, or all are zero.
@@ -93,7 +95,7 @@ class RegMean(FusionMethod):
         thresholds: Thresholds | None = None,
         curvature: Mapping[str, torch.Tensor] | None = None,
     ) -> Delta:
-        """One tensor's fused task vector, the whole tensor's.
+        """One tensor's fused task vector; `deltas` have to be of the whole tensor.
 
         Raises:
             CheckpointError: the Gram matrices have no inverse.
@@ -136,18 +138,18 @@ def diagonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def least_eigenvalue(unit: torch.Tensor, roundoff: float) -> torch.Tensor:
-    """The eigenvalue that Gram matrices must exceed to have an inverse that is no rounding: (…,) float64.
+    """The bound that a Gram matrix's eigenvalues must exceed, or its inverse is rounding: (…,) float64.
 
-    An eigenvalue moves by at most ‖E‖₂ when a matrix moves by E (Weyl), and the matrices are known up to two such E:
+    An eigenvalue changes by at most ‖E‖₂ when the matrix changes by E (Weyl). The matrices are known up to two such E:
 
-    - each entry was rounded by itself when it was stored, by up to u of its size. Such errors are independent, and the
-      norm of a matrix of them is about twice √n times their root mean square: at most 2u‖G‖/√n. Bounding it by u‖G‖,
-      which takes no chance, would refuse every large matrix in bfloat16, well-conditioned or not;
-    - before that it was summed, in float32 or better, over the tokens: a singular matrix is one of fewer tokens than
-      inputs. Their errors are alike over whole rows, so they get the bound that takes no chance, u‖G‖. (Measured, with
+    - Each entry was rounded by itself when it was stored, by up to u of its size. Such errors are independent, and the
+      norm of a matrix of them is about twice √n times their root mean square: at most 2u‖G‖/√n. The worst case, u‖G‖,
+      would refuse every large matrix in bfloat16, well-conditioned or not.
+    - Before that the entry was summed over the tokens, in float32 or better (a matrix of fewer tokens than inputs is
+      singular). These errors are alike over whole rows, so they get the bound of the worst case, u‖G‖. (Measured, with
       up to 1024 inputs: a fifth of it.)
 
-    ‖G‖ is Frobenius' norm, √n for inputs that have nothing in common and n for inputs that are all one.
+    ‖G‖ is the Frobenius norm: √n for inputs without correlation, n for inputs that are all the same.
 
     Args:
         unit: Gram matrices with a unit diagonal, (…, n, n) float64.
@@ -163,7 +165,7 @@ def least_eigenvalue(unit: torch.Tensor, roundoff: float) -> torch.Tensor:
 def _solved(
     gram: torch.Tensor, pulled: torch.Tensor, mean: torch.Tensor, place: Place, roundoff: float
 ) -> torch.Tensor:
-    """`pulled` gram^-1, (…, rows, d_in) float64; the columns of `mean` for inputs that were always zero.
+    """`pulled` gram^-1, (…, rows, d_in) float64, but the columns of `mean` for inputs that were always zero.
 
     Args:
         gram: Σ_t λ_t G̃_t, (…, d_in, d_in) float64.

@@ -6,10 +6,10 @@ Source: Wan et al., "FuseChat: knowledge fusion of chat models", arXiv 2408.0799
     calculate: c_t = Σ_i τ_ti² / Σ_s Σ_i τ_si², over the selected entries
     erase:     entries whose sign is not that of Σ_t w_t τ_t; then the mean of what is left, weighted with w_t c_t
 
-The variance is the population's, over the models that have a task vector in the tensor: one that leaves it alone is not
-known where variances are ranked. Entries at the threshold all stay. An entry whose sum is zero has no sign, and becomes
-zero. mergekit's `select_topk` is a share of the entries with a variance over zero, and its zero sums are positive.
-Defaults are mergekit's: all entries, equal w. Written as a full model.
+The variance is the population's, over the models that have a task vector in the tensor; those that leave it alone don't
+count. Entries at the threshold all stay. An entry whose sum is zero has no sign, and becomes zero. mergekit's
+`select_topk` is a share of the entries with a variance over zero, and its zero sums are positive. Defaults are
+mergekit's: all entries, equal w. The result is a full model.
 """
 
 from __future__ import annotations

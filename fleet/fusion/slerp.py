@@ -1,13 +1,13 @@
-"""SLERP: of two task vectors, the one at a share t of the angle between them.
+"""SLERP: the vector at a share t of the angle between two task vectors.
 
 Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, as mergekit applies it to whole tensors:
 with Ω the angle between τ_1 and τ_2,
 
     fused = sin((1 − t)Ω)/sin Ω · τ_1 + sin(tΩ)/sin Ω · τ_2.
 
-On task vectors, not on weights: between two fine-tunes' weights the angle is tiny, and SLERP is a straight line
-(`methods.md` §6). Straight it is, too, where |cos Ω| > 0.9995, as in mergekit, or a task vector is zero and has no
-angle.
+It is applied to task vectors, not to weights: between two fine-tunes' weights the angle is tiny, and SLERP would be
+linear (`methods.md` §6). It is linear where |cos Ω| > 0.9995, as in mergekit, and where a task vector is zero and has
+no angle.
 Defaults: t = 0.5; t = 0 is the first model in the manifest's order, t = 1 the second.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _STRAIGHT = 0.9995
+"""|cos Ω| above which the interpolation is linear."""
 
 
 class Slerp(GramFusion):

@@ -1,7 +1,7 @@
-"""What TIES, DARE, DELLA and breadcrumbs share: every task vector is made sparse, then they are added up.
+"""The base of TIES, DARE, DELLA and breadcrumbs: every task vector is made sparse, then they are added up.
 
-They are added up as they are, or after an election: TIES' sign per entry, and the entries that agree with it. How much
-of a task vector stays may be given once for all models, or by model: one that isn't named then keeps everything.
+Either all entries are added up, or, after TIES' election of a sign for each entry, those with that sign. How much of a
+task vector stays may be given once for all models, or by model; then a model that isn't named keeps everything.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class SparseFusion(FusionMethod):
     """Parameters of the methods that make task vectors sparse first."""
 
     consensus: Literal["sum", "mean", "none"] = "none"
-    """Whether a sign is elected for each entry, and what becomes of the entries that agree: their sum, or their mean
-    weighted with the models' weights; `none` adds all entries up."""
+    """`sum` and `mean` elect a sign for each entry, and take the sum of the entries that agree, or their mean weighted
+    with the models' weights; `none` adds all entries up."""
     scale: float = Field(default=1.0, gt=0.0)
-    """λ, on the result."""
+    """λ, the factor on the result."""
 
     @property
     def is_linear(self) -> bool:
@@ -94,7 +94,7 @@ class SparseFusion(FusionMethod):
         return super().coefficients(models, place)
 
     def cuts(self, models: Sequence[str], place: Place, thresholds: Thresholds) -> Sequence[Trim | Drop] | None:
-        """What is left out of each model's task vector; None of a method that says it in `sparse` instead."""
+        """How each model's task vector is made sparse; None for a method that overrides `sparse` instead."""
         return None
 
     def compiled(
@@ -113,7 +113,7 @@ class SparseFusion(FusionMethod):
         return merge
 
     def sparse(self, entries: Entries, thresholds: Thresholds) -> list[torch.Tensor]:
-        """The models' task vectors with what is left out set to zero, in order. Differentiable in what stays."""
+        """The models' sparse task vectors, each (n,), in order. Differentiable in the entries that stay."""
         cuts = self.cuts([*entries.values], entries.place, thresholds) or ()
         return [cut.of(value, entries.start) for cut, value in zip(cuts, entries.values.values(), strict=True)]
 

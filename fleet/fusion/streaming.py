@@ -1,10 +1,10 @@
 """Fusion into a full model: each tensor in runs of rows, computed in cache, written as they come.
 
 A tensor is never in memory whole, so a worker needs some megabytes per model, whatever the models' size. A method that
-looks at a tensor more than once reads it more than once; one that works on whole matrices says so, and has them.
+makes several passes reads a tensor several times; one that is not entrywise gets whole tensors.
 
-What the linear methods make of full models is exact where it can be: a model alone with the coefficient 1 is copied,
-and where the coefficients add up to 1, the aligned model isn't read: θ = θ_1 + Σ_t λ_t (θ_t − θ_1).
+Linear methods on full models are exact where they can be: a single model with the coefficient 1 is copied, and where
+the coefficients add up to 1, the aligned model isn't read: θ = θ_1 + Σ_t λ_t (θ_t − θ_1).
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ from fleet.fusion.base import Entries, FusionMethod, Thresholds, weighted_sum
 from fleet.fusion.place import Place, places
 
 RUN_ENTRIES = 1 << 16
-"""Entries of a run: with float32 copies of a few models, what a core's own cache holds."""
+"""Entries of a run: so few that a core's own cache holds float32 copies of a few models."""
 
 FIXED_ENTRIES = 1 << 16
-"""Entries of the rows by which LoRAs are multiplied out and sums are made: what is written depends on it in its last
-bits, and on the tensor's shape, but not on how large a run is."""
+"""Entries of the blocks of rows in which LoRAs are multiplied out and sums are made, whatever the size of a run: the
+blocks decide the last bits of what is written, so they follow from the tensor's shape alone."""
 
 COMPILED_RUNS = 8
-"""How many of them a compiled loop over bfloat16 files does at once. It makes no copies, so a call's cost decides."""
+"""How many runs a compiled loop over bfloat16 files does per call. It makes no copies, so fewer calls are faster."""
 
 SAMPLE_ENTRIES = 1 << 16
-"""What a search for a threshold begins with; a tensor of at most 16 times as many is searched in one piece."""
+"""Entries of the sample that a search for a threshold begins with; a tensor of at most 16 times as many needs none."""
 
 _SAMPLE_ROWS = 256
+"""About how many rows the sample is taken from."""
 
 _T = TypeVar("_T")
 
 
 class _Rows(Protocol):
-    """A model's part of one tensor, as files hold it: all axes but the last are rows."""
+    """A model's part of one tensor, in the files' orientation; all axes but the last are flattened to rows."""
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop): (stop − start, columns), any floating dtype."""
@@ -74,12 +75,12 @@ class _Stored:
         return self.model.tensors[self.tensor].dtype == "BF16"
 
     def read(self, start: int, stop: int, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """The same, into memory of exactly their bytes if it is given."""
+        """Rows [start, stop), (stop − start, columns), read into `memory` if given, which is exactly their bytes."""
         return read_rows(self.model.folder, self.model.tensors[self.tensor], start, stop, memory)
 
 
 class _Product:
-    """A LoRA's task vector, multiplied out in fixed blocks of rows, wherever a run of them begins and ends."""
+    """A LoRA's task vector, multiplied out in fixed blocks of rows, whichever rows are read."""
 
     def __init__(self, factors: LowRank) -> None:
         self._factors = factors
@@ -97,7 +98,7 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Held:
-    """A task vector that follows from whole tensors: DoRA's, or what an adapter saved whole."""
+    """A task vector in memory, computed from whole tensors: DoRA's, or of a tensor that an adapter saved whole."""
 
     values: torch.Tensor
 
@@ -117,13 +118,13 @@ class _Fisher:
 
 
 class StreamedFusion:
-    """Full models, or adapters that become one, under fusion.
+    """The fusion of full models, or of adapters, into a full model.
 
     Args:
         members: model -> its headers, in the manifest's order.
-        thresholds: where they are not each tensor's own, but the model's.
+        thresholds: those over whole models, for a global method; None for each tensor's own.
         reader: a thread that reads ahead.
-        curvatures: model -> what the method has to know of it beside the weights, if it asks for that.
+        curvatures: model -> its curvature, if the method needs any.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class StreamedFusion:
 def sample_task_vector(
     aligned: FullModel, model: Model, tensors: Sequence[str], share: float, reader: Executor
 ) -> tuple[torch.Tensor, int]:
-    """About a share of a task vector's entries in some tensors, (m,) float32, and how many there are."""
+    """About this share of a task vector's entries in some tensors, (m,) float32, and the number of all of them."""
     parts, size = [torch.empty(0)], 0
     for tensor in _vectors(aligned, model, tensors, reader):
         parts.append(_thinned(tensor.sample().values[""], int(share * tensor.size) + 1))
@@ -189,20 +190,20 @@ def sample_task_vector(
 def count_task_vector(
     aligned: FullModel, model: Model, tensors: Sequence[str], counts: WindowCounts, reader: Executor
 ) -> None:
-    """Add all entries of a task vector in some tensors."""
+    """Add all entries of a task vector in some tensors to `counts`."""
     for tensor in _vectors(aligned, model, tensors, reader):
         tensor.count([("", counts)])
 
 
 def _vectors(aligned: FullModel, model: Model, tensors: Sequence[str], reader: Executor) -> Iterator[_Tensor]:
-    """Those of the tensors in which the model has a task vector, one by one: what a DoRA changes is held whole."""
+    """The tensors in which the model has a task vector, opened one at a time: a DoRA's is held in memory whole."""
     where, touched = places(aligned.tensors), frozenset(touched_tensors(model))
     found = (_Tensor(aligned, {"": model}, where[name], reader) for name in tensors if name in touched)
     return (tensor for tensor in found if tensor.size)
 
 
 class _Tensor:
-    """One tensor of the aligned model and of those that have a task vector in it."""
+    """One tensor of the aligned model and of the members that have a task vector in it."""
 
     def __init__(
         self,
@@ -219,7 +220,7 @@ class _Tensor:
         self._columns = shape[-1] if shape else 1
         self._num_rows = math.prod(shape) // self._columns if self._columns else 0
         self._base = _Stored(aligned, place.tensor)
-        # A file in memory is best read where it is used, into a core's cache; a remote one while another run is used.
+        # A local file is best read by the thread that uses it, into its core's cache; a remote one is read ahead.
         folders = [*(m.folder for m in (aligned, *members.values())), *(f.curvature.folder for f in fishers.values())]
         self._is_local = all(is_local(folder) for folder in folders)
         self._fishers = fishers
@@ -229,12 +230,12 @@ class _Tensor:
 
     @property
     def stored(self) -> dict[str, _Stored]:
-        """The full models among them."""
+        """Those of the parts that are full models' weights."""
         return {name: part for name, part in self.parts.items() if isinstance(part, _Stored)}
 
     @property
     def is_bfloat16(self) -> bool:
-        """Whether the compiled loops over files in bfloat16 can have it: all are full models, and here."""
+        """Whether the compiled loops can take it: all parts are full models' local files in bfloat16."""
         stored = [*self.stored.values(), self._base]
         return self._is_local and len(stored) == len(self.parts) + 1 and all(part.is_bfloat16 for part in stored)
 
@@ -243,18 +244,18 @@ class _Tensor:
         return self._num_rows * self._columns
 
     def averaged(self, weights: Mapping[str, float]) -> Iterator[torch.Tensor]:
-        """The weighted mean of full models, without the aligned one."""
+        """The weighted mean of full models; the aligned one isn't read."""
         (_, first), *others = self.stored.items()
         return self._linear(first, dict(others), weights)
 
     def linear(self, weights: Mapping[str, float]) -> Iterator[torch.Tensor]:
-        """The aligned model and the weighted sum of the task vectors."""
+        """The aligned model plus the weighted sum of the task vectors."""
         return self._linear(self._base, self.parts, weights)
 
     def fused(
         self, method: AnyFusionMethod, weights: Mapping[str, float], thresholds: Thresholds
     ) -> Iterator[torch.Tensor]:
-        """The aligned model and the fused task vector."""
+        """The aligned model plus the fused task vector."""
         merge = method.compiled([*self.parts], weights, self._place, thresholds) if self.is_bfloat16 else None
         if merge is not None:
             for at, rows in self._bfloat16_rows([self._base, *self.stored.values()]):
@@ -273,7 +274,7 @@ class _Tensor:
         """Every run: the aligned model's weights, (rows, columns) float32, and the task vectors.
 
         Args:
-            run_entries: `RUN_ENTRIES` without it.
+            run_entries: about how many entries a run has; `RUN_ENTRIES` by default.
         """
         at = 0
         fishers = {f"fisher of {name}": fisher for name, fisher in self._fishers.items()}
@@ -284,7 +285,7 @@ class _Tensor:
             at += base.numel()
 
     def thresholds(self, method: AnyFusionMethod) -> Thresholds:
-        """What the method asks for, of this tensor alone."""
+        """The method's thresholds over this tensor alone."""
         ranks = method.ranks([*self.parts], self._place, self.size)
         if not ranks:
             return {}
@@ -303,7 +304,7 @@ class _Tensor:
         return {name: [math.inf if s is None else s.value for s in found] for name, found in searches.items()}
 
     def count(self, counts: Sequence[tuple[str, WindowCounts]], method: AnyFusionMethod | None = None) -> None:
-        """Add all entries of each score; without a method it is a model's task vector."""
+        """Add all entries of each score to its counts; without a method, a score is a model's task vector."""
         of_vectors = method is None or type(method).scores is FusionMethod.scores
         if of_vectors and self.is_bfloat16:
             numbers = {name: number for number, name in enumerate(self.parts, start=1)}
@@ -324,7 +325,7 @@ class _Tensor:
         return torch.stack([t for t in terms if t is not None]).sum(dim=0)
 
     def sample(self) -> Entries:
-        """Rows that lie spread over the tensor, all if they are few; of these only the values are meaningful."""
+        """Rows that lie spread over the tensor, or all if they are few; here `start` and `curvature` mean nothing."""
         stride = max(self._num_rows // _SAMPLE_ROWS, 1)
         rows = range(stride // 2, self._num_rows, stride)
 
@@ -350,7 +351,7 @@ class _Tensor:
     def _linear(
         self, base: _Stored, parts: Mapping[str, _Rows], weights: Mapping[str, float]
     ) -> Iterator[torch.Tensor]:
-        """W + Σ_t λ_t τ_t, where τ_t is θ_t − W of the parts that are stored."""
+        """W + Σ_t λ_t τ_t, where W is `base`, and τ_t = θ_t − W for a part that is stored."""
         if parts and self.is_bfloat16:
             stored = [part for part in parts.values() if isinstance(part, _Stored)]
             yield from self._linear_bfloat16([base, *stored], [weights[name] for name in parts])
@@ -363,7 +364,7 @@ class _Tensor:
             yield weighted_sum(entries.values, weights).view_as(origin).add_(origin)
 
     def _linear_bfloat16(self, models_M: Sequence[_Stored], weights_M: Sequence[float]) -> Iterator[torch.Tensor]:
-        """The same of bfloat16 files, the first of which is W: compiled."""
+        """The same for bfloat16 files, the first of which is W, by a compiled loop."""
         from fleet.algebra.kernels import linear
 
         coefficients = np.array(weights_M, np.float32)
@@ -373,9 +374,9 @@ class _Tensor:
             yield rows[-1]
 
     def _bfloat16_rows(self, models_M: Sequence[_Stored]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every run's first entry; and the models' weights, (M + 1, entries), the last of which is free for a result.
+        """Every run: its first entry, and the models' weights, (M + 1, entries), with a last row for a result.
 
-        Each run is in the memory of the one before.
+        Each run overwrites the one before.
         """
         step = min(max(COMPILED_RUNS * RUN_ENTRIES // self._columns, 1), self._num_rows)
         memory = torch.empty((len(models_M) + 1) * step * self._columns, dtype=torch.bfloat16)
@@ -401,7 +402,7 @@ class _Tensor:
 
 
 def _part(aligned: FullModel, model: Model, tensor: str) -> _Rows | None:
-    """A model's part of one tensor, in the orientation of the aligned model's files."""
+    """A model's part of one tensor, in the orientation of the aligned model's files; None if it has none."""
     if isinstance(model, FullModel):
         return _Stored(model, tensor)
     turned = is_transposed(aligned, tensor)
@@ -418,17 +419,17 @@ def _part(aligned: FullModel, model: Model, tensor: str) -> _Rows | None:
 
 
 def _rows_of(entries: int, columns: int) -> int:
-    """How many whole rows have about so many entries, at least one."""
+    """How many whole rows have about this many entries; at least one."""
     return max(entries // max(columns, 1), 1)
 
 
 def _thinned(values: torch.Tensor, count: int) -> torch.Tensor:
-    """About as many of the values, evenly spaced."""
+    """About `count` of the values, evenly spaced."""
     return values[:: max(values.numel() // count, 1)]
 
 
 def _ahead(items: Iterator[_T], reader: Executor) -> Iterator[_T]:
-    """The items, each fetched while the one before is worked on."""
+    """The items, each fetched by `reader` while the one before is worked on."""
     future = reader.submit(next, items, None)
     while (item := future.result()) is not None:
         future = reader.submit(next, items, None)

@@ -28,7 +28,7 @@ class Ties(SparseFusion):
     density: PerModel[Share] = 0.2
     """The share of a task vector's entries that stay: for all models, or by model, 1 for one that isn't named."""
     trim: Literal["tensor", "model"] = "tensor"
-    """Whether that is a share of each tensor, or of all of the model's tensors together."""
+    """Whether `density` is a share of each tensor's entries, or of those of all the model's tensors together."""
     consensus: Literal["sum", "mean", "none"] = "sum"
     scale: float = 0.4
 

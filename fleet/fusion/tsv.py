@@ -1,4 +1,4 @@
-"""TSV-M: of each task vector the leading singular triplets, their directions made orthogonal between the tasks.
+"""TSV-M: keep each task vector's leading singular triplets, and make their directions orthogonal between the tasks.
 
 Source: Gargiulo et al., "Task singular vectors: reducing task interference in model merging", arXiv 2412.00081, alg. 1.
 Each of T task vectors keeps its k = min(d_out, d_in)/T leading triplets. With U = [U_1 … U_T], V likewise, and U⊥ the
@@ -6,9 +6,10 @@ matrix with orthonormal columns nearest to U (Procrustes: PQᵀ for U = PDQᵀ),
 
     fused = λ U⊥ diag(w_1Σ_1, …, w_TΣ_T) V⊥ᵀ.
 
-Where tasks share a direction, D has zeros, and PQᵀ would hold arbitrary directions for them; so it is on the support of
-D (`fleet.fusion.matrix`). T counts all models of the variant; k is at least 1, and more than a LoRA has where T is
-small. One model gives its own task vector. Default: λ = 1, equal weights.
+Where tasks share a direction, D has zeros, for which PQᵀ would have arbitrary directions; so it is taken over the
+non-zero part of D alone (`fleet.fusion.matrix`). T counts all models of the variant. k is at least 1; where T is small,
+it may be more than a LoRA has, which then keeps all its triplets. A single model keeps its task vector. Default: λ = 1,
+equal weights.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Tsv(MatrixFusion):
 
 
 def _nearest_orthonormal(columns: torch.Tensor, tolerance: float) -> torch.Tensor:
-    """PQᵀ of PDQᵀ, on the support of D: the shape of `columns`."""
+    """PQᵀ for columns = PDQᵀ, over the part of D that isn't rounding; of the shape of `columns`."""
     from fleet.algebra import linalg
     from fleet.algebra.products import product
 

@@ -19,9 +19,10 @@ class WeightAverage(FusionMethod):
     method: Literal["weight_average"]
 
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
-        """
+        """w_t / Σw for each model.
+
         Raises:
-            ManifestError: the weights add up to nothing here.
+            ManifestError: the weights for this tensor add up to zero or less.
         """
         weights = super().coefficients(models, place)
         total = sum(weights.values())
