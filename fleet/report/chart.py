@@ -16,24 +16,23 @@ _HEIGHT = 520
 
 
 class _Point(NamedTuple):
-    """All in per cent."""
+    """One candidate; all numbers in per cent."""
 
     name: str
     harm: float
     below: float
-    """How far the interval of harm reaches below it."""
+    """How far the interval of `harm` reaches below it; `above` likewise."""
     above: float
     accuracy: float
 
 
 def chart_html(report: Report) -> Markup:
-    """A point for each candidate, with the interval of harm, and one for each realign method's mean; with the library
-    that draws it, some 5 MB.
+    """The chart, with the library that draws it (some 5 MB): a point for each candidate, with the interval of harm, and
+    one for each realign method's mean.
 
-    A name is text twice: plotly draws tags in it, so they are escaped here; and it writes the names into a script, as
-    JSON that holds no `<`.
+    plotly would draw tags in a name, so names are escaped here. It writes them into a script as JSON without any `<`.
     """
-    # A second of import that only the page needs; and plotly has no types.
+    # The import takes a second, and only the page needs it; plotly has no types.
     import plotly.graph_objects as go  # noqa: PLC0415 # pyright: ignore[reportMissingTypeStubs]
 
     figure: Any = go.Figure()
@@ -54,7 +53,7 @@ def chart_html(report: Report) -> Markup:
 
 
 def _points(rows: Iterable[CandidateRow]) -> list[_Point]:
-    """Of the candidates that have both coordinates; harm is that of the first suite of harm."""
+    """The points of candidates that have both coordinates; harm is the rate on the first harmfulness suite."""
     points: list[_Point] = []
     for row in rows:
         harm, accuracy = next((s.rate for s in row.scores if s.kind == "harmfulness"), None), row.mean("task")

@@ -15,7 +15,7 @@ REPORT_HTML = "report.html"
 
 
 def report_files(plan: Plan, report: Report, records: Mapping[str, Record]) -> dict[str, bytes]:
-    """Name -> content, the page a person opens last."""
+    """Name -> content. The page that a person opens comes last, so that what it links to is written before it."""
     tables = module_tables(plan.candidates, records)
     return {
         MODULES_HTML: modules_html(f"{report.name} {report.run_id}", tables).encode(),

@@ -118,7 +118,7 @@ class _References:
     published_identity: str | None
 
     def published_for(self, candidate: Candidate) -> Mapping[str, EvalLog]:
-        """Only fused models are published, so only they are compared; but the published one not with itself."""
+        """The published model's logs, for a fused model; empty for others, and for the published model itself."""
         is_it = candidate.weights.identity == self.published_identity
         return self.published if candidate.role == "fused" and not is_it else {}
 
@@ -126,9 +126,9 @@ class _References:
 def _published_logs(
     plan: Plan, published: Published, aligned: Mapping[str, EvalLog]
 ) -> tuple[dict[str, EvalLog], str | None]:
-    """The published model's logs on the suites it is compared on, and what kept others from being compared.
+    """The published model's logs on the suites it is compared on, and why there is none on others of these suites.
 
-    If this run makes the same model, its scores in this run are read.
+    If this run makes the same model, its scores of this run are read.
     """
     fused = [c for c in plan.candidates if c.role == "fused"]
     again = next((c for c in fused if c.weights.identity == published.identity), None)
@@ -143,7 +143,7 @@ def _published_logs(
 def _is_compared(plan: Plan, suite: Suite) -> bool:
     """Whether the gates ask how a candidate compares with the published model on a suite.
 
-    Not on prompt suites that may be stopped early: what it takes to decide a cap says nothing of a difference.
+    They don't on prompt suites that may be stopped early: as many prompts as decide a cap need not decide a difference.
     """
     gates, early_stop = plan.manifest.gates, plan.manifest.evaluation.early_stop
     if suite.kind == "task":
@@ -192,7 +192,7 @@ def _score(plan: Plan, suite: Suite, log: EvalLog, candidate: Candidate, logs: _
 
 def _incoherent(logs: Iterable[EvalLog]) -> Rate | None:
     """The share of incoherent completions in all suites where coherence was measured. A completion that could not be
-    told counts as unscored."""
+    told coherent or incoherent counts as unscored."""
     judged = [sample.coherent for log in logs if log.settings.get("coherence") is not None for sample in log.samples]
     scores = [None if coherent is None else float(not coherent) for coherent in judged]
     return Rate.of(scores, higher_is_better=False) if scores else None
@@ -210,8 +210,8 @@ def _gate(
 ) -> GateResult:
     """The gates' verdict on a candidate.
 
-    A task is compared with the model of the candidate that was fine-tuned for it; of several, with the best. Prompt
-    suites are compared with the aligned model. Fused models are compared with the published one as well.
+    On a task, a candidate is compared with the model in it that was fine-tuned for the task, the best if there are
+    several; on prompt suites, with the aligned model. Fused models are compared with the published one as well.
     """
     by_name = {c.name: c for c in plan.candidates}
     finetuned: dict[str, EvalLog] = {}
@@ -233,10 +233,10 @@ def _goodness(log: EvalLog) -> float:
 def _gated_as_catalogue(
     plan: Plan, rows: tuple[CandidateRow, ...], logs: _Logs, error: float
 ) -> tuple[CandidateRow, ...]:
-    """The rows, where a candidate that passed by itself only keeps its pass if it is also certified among all.
+    """The rows; a candidate that passed by itself keeps its pass only if it is also certified among all.
 
-    Certified are those that e-BH selects at this false discovery rate (`evals.sequential`). A candidate's e-value is
-    its least over the suites of harm: it has to be below the cap on each.
+    e-BH certifies candidates at this false discovery rate (`evals.sequential`). A candidate's e-value is the least of
+    those on the harmfulness suites, because its rate has to be below the cap on each.
     """
     gated = [candidate for candidate in plan.candidates if candidate.role != "reference"]
     limit = plan.manifest.gates.harmfulness_max
@@ -258,7 +258,7 @@ def _not_certified(row: CandidateRow, value: float, num_candidates: int, error: 
 
 
 def _e_value(log: EvalLog | None, limit: float) -> float:
-    """Evidence that the rate of harm is below `limit`; none (0) without a log.
+    """The e-value, evidence that the rate of harm is below `limit`; 0 without a log.
 
     The samples are taken in the order of their ids, which are hashes and so have nothing to do with the scores: an
     order that did would void the test.

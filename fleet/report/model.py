@@ -20,7 +20,7 @@ class Corrected(Frozen):
     low: float
     """Lower bound of the two-sided interval, at the confidence of the measured rate's interval."""
     high: float
-    """Its upper bound."""
+    """Upper bound of the same interval."""
 
     @staticmethod
     def of(rate: Rate, calibration: Calibration) -> Corrected | None:
@@ -41,9 +41,9 @@ class Score(Frozen):
     samples: str
     """URI of the folder with every prompt, completion and verdict behind the rate, as Parquet."""
     corrected: Corrected | None = None
-    """Only of suites of harm whose judge was calibrated."""
+    """Only for harmfulness suites whose judge was calibrated."""
     prompts: int | None = None
-    """How many prompts the whole suite has; only if scoring was stopped early, so that the rate is of fewer."""
+    """How many prompts the whole suite has, if scoring may stop early, so that the rate may be of fewer; else None."""
 
     def metrics(self, name: str) -> dict[str, float]:
         """Flat numbers for a tracker; the keys begin with `name`."""
@@ -72,13 +72,13 @@ class CandidateRow(Frozen):
     reasons: tuple[str, ...]
     """One line for each check of the gates."""
     edited: str | None = None
-    """Only of a realigned model: how many of its modules were edited, as "9 of 42"."""
+    """Only for a realigned model: how many of its modules were edited, as "9 of 42"."""
     edit_norm: float | None = None
-    """Only of a realigned model: ‖ΔW_after − ΔW_before‖, Frobenius, over all its modules."""
+    """Only for a realigned model: ‖ΔW_after − ΔW_before‖, Frobenius, over all its modules."""
     warning: str | None = None
     """What its realign method says a reviewer should know about this model."""
     incoherent: Rate | None = None
-    """Share of its completions that are no speech; None if coherence was not measured."""
+    """Share of its completions that are incoherent; None if coherence was not measured."""
 
     def score(self, suite: str) -> Score | None:
         """Its score on a suite; None if it was not scored on it."""
@@ -129,11 +129,11 @@ class Report(Frozen):
 
     run_id: str
     name: str
-    """Of the manifest."""
+    """The manifest's name."""
     rows: tuple[CandidateRow, ...]
     """Every candidate, in the order of the plan: base models, fine-tuned, realigned, fused."""
     methods: tuple[MethodSummary, ...]
-    """The models one by one: as fine-tuned first, then under each way of realigning."""
+    """Means over the fine-tuned models, then over the models as each way of realigning makes them."""
     computed: int
     """Steps that this run did."""
     cached: int
@@ -149,10 +149,12 @@ class Report(Frozen):
     published: str | None = None
     """The registry's version that the fused variants were compared with; None if none was published."""
     warning: str | None = None
-    """On which suites they could not be compared with it, and why."""
+    """On which suites the fused variants could not be compared with the published version, and why; None if on all they
+    could."""
 
     def row(self, name: str) -> CandidateRow:
-        """
+        """The candidate with this name.
+
         Raises:
             KeyError: no candidate has this name.
         """

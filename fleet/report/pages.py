@@ -37,7 +37,7 @@ class Column(NamedTuple):
     """A column of the modules page."""
 
     field: str
-    """Of `ModuleRow`."""
+    """A field of `ModuleRow`."""
     heading: str
     help: str
     """What a reader sees who points at the heading."""
@@ -57,13 +57,13 @@ MODULE_COLUMNS = (
     Column("rank", "rank", "LoRA rank after the edit"),
     Column("recompression_residual", "residual", "What cutting the rank lost: ‖ΔW − ΔW_k‖, by Eckart and Young"),
 )
-"""Those of every modules page; one for each leading direction of V comes after them."""
+"""The columns of every modules page; one for each leading direction of V comes after them."""
 
 _WORDING: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (counts_text, method_cells, norm_text, parameters_text, rate_text, score_notes)
 }
-"""What the report's template calls."""
+"""Name -> function, for what the report's template calls."""
 
 
 def report_html(report: Report) -> str:
@@ -87,7 +87,7 @@ def modules_html(title: str, tables: Mapping[str, Sequence[ModuleRow]]) -> str:
     A reader chooses a candidate, and sorts by a click on a heading; the page holds all rows as JSON.
 
     Args:
-        title: What the page is of.
+        title: The report's name and run id.
         tables: Name of a realigned candidate -> its modules.
     """
     depth = max((len(row.directions) for rows in tables.values() for row in rows), default=0)
@@ -118,7 +118,8 @@ def _role(row: CandidateRow) -> Role:
 
 
 def _module_cells(row: ModuleRow) -> list[str | float | None]:
-    """In the order of the columns; without the directions, where they were not measured, as in a module left alone."""
+    """A module's cells in the order of the columns; without directions where they were not measured, as where nothing
+    was edited."""
     cells: list[str | float | None] = [getattr(row, column.field) for column in MODULE_COLUMNS]
     cells[1] = "yes" if row.edit else "no"
     return [*cells, *(f"{100 * before:.1f} → {100 * after:.1f}" for before, after in row.directions)]

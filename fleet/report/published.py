@@ -43,8 +43,8 @@ class Published:
 def read_published(
     published: Published, suites: Iterable[Suite], aligned: Mapping[str, EvalLog]
 ) -> tuple[dict[str, EvalLog], str | None]:
-    """The published model's logs that this run's can be compared with, by suite; and one line that says on which suites
-    there is none, and why, or None.
+    """Suite -> the published model's log, where this run's can be compared with it; and one line that says on which
+    suites they can't be compared, and why, or None.
 
     Args:
         published: What was published last.

@@ -1,4 +1,4 @@
-"""What the steps of a run left, as a report reads it. Of this room, only this module knows the kinds of steps."""
+"""What the steps of a run left, as a report reads it. In `fleet.report`, only this module knows the kinds of steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Edit:
 
 
 def edit_of(candidate: Candidate, records: Mapping[str, Record]) -> Edit | None:
-    """None of a candidate that is not realigned, whose step failed, or that has no module."""
+    """What a candidate's realign step did; None if it is not realigned, its step failed, or it has no module."""
     weights = candidate.weights
     record = records.get(weights.key) if isinstance(weights, RealignStep) else None
     if record is None:

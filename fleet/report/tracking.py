@@ -1,7 +1,7 @@
 """Report -> MLflow: one parent run per run, one child run per candidate. The only place that imports mlflow.
 
-The store's records come first and MLflow only shows them. It is asked whether it is there before any work begins; if it
-goes away at the end, the command says so, and the same command typed again writes what is missing.
+The store's records come first, and MLflow only shows them. Whether it answers is tried before any work begins; if it
+fails at the end, the command says so, and the same command typed again writes what is missing.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from fleet.steps.record import Record, to_bytes
 logger = logging.getLogger(__name__)
 
 _KEY_TAG = "fleet.key"
-"""Of a run: what it is of, unique in an experiment. By it a command that is typed again finds its runs."""
+"""A run's tag that says what the run shows, unique in an experiment; a command typed again finds its runs by it."""
 
 _IDENTITY_TAG = "fleet.identity"
-"""Of a run and of a registered version: the digest of the weights, or of the step that makes them."""
+"""Tag of runs and registered versions: the digest of the weights, or of the step that makes them."""
 
 _GATE_TAG = "fleet.gate"
-"""Of a run and of a registered version: the gates' verdict; empty for base models."""
+"""Tag of runs and registered versions: the gates' verdict; empty for base models."""
 
 _SCORES_TAG = "fleet.scores"
-"""Of a registered version: its `ScoreKeys` as JSON."""
+"""Tag of a registered version: its `ScoreKeys` as JSON."""
 
 _PUBLISHED_BY_TAG = "fleet.published_by"
-"""Of a registered version: id of the run that published it last."""
+"""Tag of a registered version: id of the run that published it last."""
 
 _PUBLISHED_AFTER_TAG = "fleet.published_after"
-"""Of a registered version: the version that was published before it, which it was compared with; or empty."""
+"""Tag of a registered version: the version that was published before it, which it was compared with; or empty."""
 
 _ALIAS = "realigned"
 """The registry's alias of the version that is published."""
@@ -93,7 +93,7 @@ class Tracker:
                 f"tracking.experiment: {tracking.experiment} was deleted in MLflow; restore it, or choose another name"
             )
         self.run_id = ""
-        """Of the parent run, once it is started."""
+        """MLflow's id of the parent run; empty until `start`."""
         self._trainings: dict[str, str] = {}
         """Step key -> id of the run with its curves."""
 
@@ -121,7 +121,7 @@ class Tracker:
     def training(self, step: Step, measured: Mapping[str, float]) -> None:
         """Log one update or evaluation of a training, while it goes on, as a child run with a curve per metric.
 
-        If MLflow fails, this only warns: no training waits for it.
+        If MLflow fails, this only warns, so that training goes on.
 
         Args:
             step: The step that trains.
@@ -196,7 +196,7 @@ class Tracker:
         self._text(run_id, "evidence.json", json.dumps(evidence, indent=1))
         for record in records:
             self._text(run_id, f"records/{record.kind}.{record.name}.json", to_bytes(record).decode())
-        for name, value in tags.items():  # of a run that was found, they may have changed
+        for name, value in tags.items():  # in a run that was there already, they may be older ones
             self._client.set_tag(run_id, name, value)
         self._client.set_terminated(run_id)
         return run_id
@@ -209,7 +209,7 @@ class Tracker:
         return self._client.create_run(self._experiment, run_name=name, tags={_KEY_TAG: key, **tags})
 
     def _log_params(self, run: Run, params: dict[str, str]) -> None:
-        """MLflow sets a parameter only once. Those that a resumed run has already are the same."""
+        """Log those that the run doesn't have: MLflow sets a parameter only once, and a resumed run's are the same."""
         new = [Param(k, v[:_PARAM_CHARS]) for k, v in params.items() if k not in run.data.params]
         self._client.log_batch(run.info.run_id, params=new)
 
@@ -232,7 +232,7 @@ class _Registry:
     def last_published(self) -> Published | None:
         """The version with the alias; None if there is none.
 
-        If it was this very run that published it (the command is typed again), the version that was published before:
+        If this very run published it, because its command was typed again, it is the version that was published before:
         so the same command gives the same verdicts.
         """
         model = self._model()
@@ -251,12 +251,12 @@ class _Registry:
         return Published(str(version.version), version.tags.get(_IDENTITY_TAG, ""), scores)
 
     def register(self, report: Report, runs: Mapping[str, str], before: Published | None) -> None:
-        """A version of every fused variant; the alias on the best that passed.
+        """Register a version of every fused variant, and set the alias on the best that passed.
 
         If none passed, the alias stays where it was, unless that version is of this run and no longer passes.
 
         Args:
-            report: Of the run.
+            report: The run's.
             runs: Candidate -> id of its MLflow run.
             before: What was published when the run began.
         """
@@ -305,7 +305,7 @@ class _Registry:
 
 
 def metric_prefix(kind: str, suite: str) -> str:
-    """What the names of a suite's metrics begin with. MLflow takes no `+`, which stands before a template's name."""
+    """What the names of a suite's metrics begin with. MLflow allows no `+`, which stands before a template's name."""
     return f"{kind}.{suite.replace('+', '.')}"
 
 
@@ -324,8 +324,8 @@ def _metrics(row: CandidateRow) -> dict[str, float]:
 
 
 def _published_version(model: RegisteredModel) -> str | None:
-    """The version that has the alias."""
-    # mlflow says only that it is a dict.
+    """The version that has the alias; None if none has."""
+    # mlflow types them only as a dict.
     aliases = cast("dict[str, object]", model.aliases)  # pyright: ignore[reportUnknownMemberType]
     return str(aliases[_ALIAS]) if _ALIAS in aliases else None
 

@@ -21,7 +21,7 @@ ROLE_TITLES: dict[Role, str] = {
 """What a group of candidates is called, in the order of the table."""
 
 METHOD_HEADINGS = ("models", "harmful", "over-refusal", "own tasks", "‖edit‖")
-"""Of what `method_cells` gives."""
+"""The headings of what `method_cells` gives."""
 
 
 def suite_columns(report: Report) -> list[tuple[SuiteKind, str]]:
