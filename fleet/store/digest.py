@@ -3,7 +3,7 @@
 Planning a large catalogue every night must not hash every weight again, so a local file's sha256
 is kept under `$XDG_CACHE_HOME/fleet/digests`, one tiny file per entry. An entry is found by what
 `stat` says about the file, so a changed file finds none. Entries are published whole, by a rename,
-so any number of processes may read and write them; one that holds no digest is computed again.
+so any number of processes may read and write them; a damaged entry is computed again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is recorded of a file that was written."""
+"""What a record says about a file that was written."""
 
 from __future__ import annotations
 
@@ -17,4 +17,5 @@ class FileEntry(BaseModel):
 
     @classmethod
     def of(cls, data: bytes) -> FileEntry:
+        """The entry of a file with these bytes."""
         return cls(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

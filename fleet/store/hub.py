@@ -174,7 +174,7 @@ def _explain(error: Exception, name: str) -> str:
         return "the repository has no such commit; check it on the Hub"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it, or copy the model to a folder or S3"
-    # Before the next: it is also what a download raises when the Hub cannot be reached.
+    # LocalEntryNotFoundError comes first: a download raises it when the Hub cannot be reached.
     if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, (HfHubHTTPError, EntryNotFoundError)):
         text = " ".join(str(error.__cause__ or error).split())
         return f"the Hub cannot be reached ({text}); check HF_ENDPOINT and the network"

@@ -1,10 +1,10 @@
 """A store and a folder in S3, or in any server that speaks its API. The only user of boto3.
 
-Endpoint, region, profile and credentials come from boto3's standard environment and files. What is
-asked of a server beyond the basics: `PutObject` with `If-None-Match: *`, for `create`
-(`S3Store.check` proves it), and ranged `GetObject` with `If-Match`. How atomic `create` is, the
-server decides: AWS is; OpenStack Swift looks before it writes, so several creates of one key that
-arrive within milliseconds may all succeed there, and the last one stays.
+Endpoint, region, profile and credentials come from boto3's standard environment and files. Beyond
+the basics, a server needs `PutObject` with `If-None-Match: *`, for `create` (`S3Store.check` proves
+it), and ranged `GetObject` with `If-Match`. Whether `create` is atomic depends on the server: on
+AWS it is; OpenStack Swift looks before it writes, so several creates of one key that arrive within
+milliseconds may all succeed there, and the last one stays.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """boto3's clients, one per process and environment, and what its errors mean to a person.
 
-Never the CRT client: it ignores a configured endpoint and goes to AWS (boto3 issue 4839).
+The CRT client is never used: it ignores a configured endpoint and goes to AWS (boto3 issue 4839).
 """
 
 # boto3 publishes no types.
@@ -38,7 +38,7 @@ _BAD_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Inva
 def client(*, patient: bool = True) -> Any:
     """The S3 client for this process's `AWS_*` environment.
 
-    Not patient means for a first contact: an address that leads nowhere is known in some 10 s.
+    `patient=False` is for a first contact: an address that leads nowhere fails within some 10 s.
     Raises SourceError if the environment itself makes no sense.
     """
     names = sorted(name for name in os.environ if name.startswith("AWS_"))

@@ -1,4 +1,4 @@
-"""One contract for every store, and for the folders in it; then what is special to each."""
+"""The contract that every store and its folders keep; then what is special to each."""
 
 # pyright: reportMissingTypeStubs=false
 
