@@ -1,4 +1,4 @@
-"""Checkpoints of Llama-2-7B's shapes with random weights, and LoRA adapters on them: for measuring, not for talking.
+"""Checkpoints of Llama-2-7B's shapes with random weights, and LoRA adapters on them, for measuring speed.
 
 One block of Gaussian numbers serves every tensor, each from an offset of its own, so that writing is as fast as the
 disk. The aligned model is the base plus noise of `DISPLACEMENT` times its norm, so V has full rank in every module.
@@ -36,13 +36,13 @@ DISPLACEMENT = 0.05
 """‖V‖/‖W‖."""
 
 _BLOCK = 1 << 26
-"""Numbers drawn; more than the largest module has, so that none repeats within itself."""
+"""Numbers in a block; more than the largest module has, so that no module repeats itself."""
 
 _STEP = 7_919_003
 """Offset from one tensor to the next within the block: a prime."""
 
 _SHARD_LAYERS = 8
-"""About 3 GB in bf16."""
+"""Layers in a shard: about 3 GB in bf16."""
 
 
 class Values:
@@ -55,7 +55,7 @@ class Values:
         self.blocks = {"base": base.bfloat16(), "aligned": moved.bfloat16()}
 
     def of(self, block: str, index: int, shape: tuple[int, ...], scale: float = 1.0) -> torch.Tensor:
-        """The tensor with this index, of a file of its own choice of block."""
+        """The tensor with this index, from the block `base` or `aligned`, times `scale`: of this shape, bf16."""
         count, start = torch.Size(shape).numel(), index * _STEP % _BLOCK
         values = self.blocks[block]
         parts: list[torch.Tensor] = []
@@ -121,7 +121,7 @@ def write_adapter(folder: Path, number: int, values: Values, layers: int) -> Non
             layout.append(TensorLayout(f"{name}.lora_A.weight", "BF16", (RANK, d_in)))
             layout.append(TensorLayout(f"{name}.lora_B.weight", "BF16", (d_out, RANK)))
     first = (number + 1) * len(layout)
-    # B is trained up from zero, so it is smaller than A.
+    # Training starts B at zero, so it is smaller than A.
     tensors = (
         [values.of("base", first + i, entry.shape, 0.1 if "lora_B" in entry.name else 1.0)]
         for i, entry in enumerate(layout)
@@ -140,7 +140,7 @@ def write_adapter(folder: Path, number: int, values: Values, layers: int) -> Non
 
 
 def generate(folder: Path, layers: int, adapters: int) -> None:
-    """`base`, `aligned` and `adapter-00`… in a folder, but for those that are there already, of as many layers."""
+    """Write `base`, `aligned` and `adapter-00`… of this many layers to a folder; what is there already stays."""
     values: Values | None = None
     for name in ("base", "aligned", *(f"adapter-{i:02d}" for i in range(adapters))):
         is_adapter = name.startswith("adapter")

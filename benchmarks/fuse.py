@@ -1,14 +1,14 @@
-"""Fusing full models, beside mergekit and the floor: `python -m benchmarks.fuse --mergekit PYTHON`.
+"""Fusing full models, compared with mergekit and a floor: `python -m benchmarks.fuse --mergekit PYTHON`.
 
-Llama-shaped bfloat16 checkpoints of 1.1B parameters, a base and four fine-tuned from it; the page cache is warm. In
-turns, each method and contestant:
+The inputs are Llama-shaped bfloat16 checkpoints of 1.1B parameters, a base and four fine-tuned from it; the page cache
+is warm. Methods and contestants take turns:
 
 - `ours`: tensor workers as a run has them (two processes of one thread, started before), shard by shard from a queue.
 - `mergekit`: `run_merge` of the given Python's mergekit, timed without its start and imports, with asynchronous writes
   and small shards, its fastest setting on CPUs (`python3.11 -m venv V && V/bin/pip install mergekit`).
-- `floor`: the same workers read every input once and write the output, with the same calls and the same sums of bytes.
+- `floor`: as many workers only read every input once and write the output, with the same calls and as many bytes.
 
-Memory is the resident peak of the processes, without what they held before the first tensor; mergekit's likewise.
+Memory is the processes' resident peak, without what they held before the first tensor; mergekit's likewise.
 `--growth` instead measures the time per byte over 2 to 16 models and over shapes up to a 7B's, `--seven-billion` fuses
 four of a 7B's shape, and `--equal` compares the results with mergekit's.
 """
@@ -58,7 +58,7 @@ SHARD_BYTES = 200_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama."""
+    """The dimensions of a Llama."""
 
     hidden: int
     intermediate: int
@@ -99,7 +99,7 @@ GROWTH = {"0.1B": Shape(768, 2048, 12, 768), "1.1B": BILLION, "7B, 4 layers": Sh
 
 @dataclass(frozen=True)
 class Case:
-    """One fusion, in our words and in mergekit's."""
+    """One fusion, with our parameters and mergekit's, and the speed that is required of it."""
 
     method: dict[str, Any]
     models: int
@@ -159,11 +159,11 @@ def shards_of(model: FullModel) -> list[Shard]:
 
 
 class FloorWorker:
-    """Reads what a fusion reads, once, and writes what it writes."""
+    """Reads once what a fusion reads, and writes as many bytes."""
 
     def fuse(self, unit: FuseUnit) -> None:
         aligned = require_full_model(read_model(open_folder(unit.aligned)), "aligned")
-        uris = [*([unit.aligned] if unit.as_lora else []), *(m.uri for m in unit.members_M)]  # as_adapter: with base
+        uris = [*([unit.aligned] if unit.as_lora else []), *(m.uri for m in unit.members_M)]  # here: also read the base
         models = [require_full_model(read_model(open_folder(uri)), uri) for uri in uris]
 
         def pieces(name: str) -> Iterator[torch.Tensor]:
@@ -182,9 +182,9 @@ class FloorWorker:
 
 
 def serve(kind: type[Any], first: FuseUnit, units: Any, answers: Any) -> None:
-    """One worker process: a first unit, with which it loads its compiled code; then others until None comes.
+    """One worker process: runs a first unit, which loads its compiled code, then those of a queue until None comes.
 
-    Answers with the memory it took so far beyond what it held at its start.
+    It answers each of the latter with its peak memory so far, beyond what it held at its start.
     """
     importlib.import_module("fleet.algebra.kernels")
     torch.set_num_threads(1)
@@ -204,7 +204,7 @@ def resident(field: str) -> int:
 
 
 def warm(root: Path, case: Case) -> None:
-    """Bring the inputs into the page cache, and see that they stay for a second look."""
+    """Bring the inputs into the page cache: they are read twice, so that the kernel keeps them."""
     for name in ["base", *(f"tuned{i}" for i in range(case.models))] * 2:
         with open(root / name / "model.safetensors", "rb") as file:
             while file.read(1 << 24):
@@ -281,14 +281,14 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def differing(ours: Path, theirs: Path) -> dict[str, torch.Tensor]:
-    """Where the entries differ."""
+    """Tensor -> where the entries of two fused models differ: bool, of its shape."""
     one, two = tensors_in(ours), tensors_in(theirs)
     assert one.keys() == two.keys()
     return {n: one[n] != two[n] for n in one}
 
 
 def at_thresholds(root: Path, case: Case) -> dict[str, torch.Tensor]:
-    """Where an entry of any model's task vector has just the magnitude at which TIES trims it."""
+    """Tensor -> where any model's task vector has exactly the magnitude of TIES' threshold: bool, of its shape."""
     base = tensors_in(root / "base")
     found = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in base.items()}
     for i in range(case.models):
@@ -304,11 +304,11 @@ def share_of(entries: dict[str, torch.Tensor]) -> float:
 
 
 def equal(python: str, scratch: Path, console: Console) -> None:
-    """How many entries are not mergekit's, whose sums are float32 here as ours are.
+    """Print the share of entries that differ from mergekit's, which sums in float32 here, as we do.
 
-    DARE draws other entries, so it is compared where it drops none. TIES keeps every entry at its threshold, mergekit
-    as many of them as make up the number: in bfloat16 many entries of a task vector have one magnitude. Where task
-    vectors cancel, no sign is elected here, and mergekit elects plus: that is what the others that differ are.
+    DARE's random draws differ, so it is compared without drops. TIES' threshold: we keep every entry at it, mergekit
+    only as many as make up the number, and in bfloat16 many entries of a task vector have the same magnitude. Where
+    task vectors cancel, we elect no sign, and mergekit plus: these are the other entries that differ.
     """
     write_models(scratch, SMALL, 4)
     none_dropped = replace(
@@ -381,9 +381,9 @@ def compare(arguments: argparse.Namespace, scratch: Path, console: Console) -> N
 
 
 def growth(scratch: Path, console: Console) -> None:
-    """Nanoseconds per byte of the inputs and the output, which should not grow; 14 GB of disk at most.
+    """Print nanoseconds per byte of the inputs and the output, which should not grow; takes 14 GB of disk at most.
 
-    The better of two turns: what else runs on the machine only adds.
+    The better of two turns counts: what else runs on the machine only adds time.
     """
     for name, shape in GROWTH.items():
         root = scratch / name.replace(" ", "")
@@ -403,9 +403,9 @@ def growth(scratch: Path, console: Console) -> None:
 
 
 def seven_billion(root: Path, console: Console) -> None:
-    """Time and memory of fusing four models of a 7B's shape, from the disk.
+    """Print time and memory of fusing four models of a 7B's shape, from the disk.
 
-    40 GB: base, result, and the four models, which are one file under four names.
+    It takes 40 GB: the base, the result, and the four models, which are one file under four names.
     """
     write_models(root, SEVEN_BILLION, 1)
     for i in range(1, 4):

@@ -1,7 +1,7 @@
-"""How often each gate is wrong where it may be wrong most, and how many prompts it takes: `python -m benchmarks.gates`.
+"""How often each gate is wrong in its worst case, and how many prompts it takes: `python -m benchmarks.gates`.
 
-The numbers of `docs/gates.md`, in two minutes of one core. Caps and paired bounds are added up over every table rather
-than simulated; calibration and sequential gates are simulated 10,000 times with fixed seeds.
+It prints the numbers of `docs/gates.md`, in two minutes of one core. Caps and paired bounds are added up over every
+possible table; calibration and sequential gates are simulated 10,000 times with fixed seeds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PASSES: dict[str, Callable[[float, float, int, float], bool]] = {
 
 
 def paired() -> list[Cells]:
-    """The worst false-pass rate at the margin, over the rate of prompts on which the candidate is better alone."""
+    """The false-pass rate at the margin, worst over the rate of prompts on which only the candidate is better."""
     rows: list[Cells] = []
     for pairs, margin in ((60, 0.05), (60, 0.1), (120, 0.03), (120, 0.05), (400, 0.02), (400, 0.03), (400, 0.05)):
         better = np.array([0.0, 0.002, 0.005, 0.01, 0.02, 0.03])
@@ -66,7 +66,7 @@ def paired() -> list[Cells]:
         total = {name: np.zeros(len(better)) for name in PASSES}
         for losses in range(int(pairs * 0.03 + 8 * math.sqrt(pairs * 0.03)) + 1):
             for gains in range(pairs - losses + 1):
-                # No method passes a table above the margin, and none of the next is below it.
+                # No method passes a table whose difference is over the margin, and the tables that follow are too.
                 if (gains - losses) / pairs > margin:
                     break
                 table = (gains, losses, pairs - gains - losses)
@@ -82,7 +82,7 @@ def paired() -> list[Cells]:
 
 
 def prompts_to_pass() -> list[Cells]:
-    """At a margin of 3 %, with equal shares of prompts on which either is worse alone."""
+    """The prompts to pass a margin of 3 %, where equal shares of prompts are worse for only one of the two."""
     margin = 0.03
     rows: list[Cells] = []
     for share in (0.0, 0.005, 0.01, 0.02, 0.05):
@@ -95,7 +95,12 @@ def prompts_to_pass() -> list[Cells]:
 
 
 def lang_reiczigel(shares: tuple[float, float, float], counts: tuple[int, int, int], confidence: float) -> Interval:
-    """Lang & Reiczigel (2014) of the share judged positive, sensitivity and specificity, one-sided at `confidence`."""
+    """Lang & Reiczigel's (2014) interval of the true rate, one-sided at `confidence`.
+
+    Args:
+        shares: judged positive, sensitivity, specificity.
+        counts: completions judged, harmful rows, harmless rows.
+    """
     z = float(ndtri(confidence))
     added = (z**2, 2.0, 2.0)
     apparent, hits, passes = (
@@ -111,7 +116,7 @@ def lang_reiczigel(shares: tuple[float, float, float], counts: tuple[int, int, i
 
 
 def calibrated() -> list[Cells]:
-    """400 completions judged, the judge calibrated on 100 harmful and 200 harmless rows."""
+    """Errors and median bounds for 400 judged completions; the judge is calibrated on 100 harmful and 200 harmless."""
     rows: list[Cells] = []
     counts = (400, 100, 200)
     cases = ((0.0, 0.9, 0.98), (0.01, 0.9, 0.98), (0.05, 0.9, 0.98), (0.05, 0.95, 1.0), (0.3, 0.7, 0.9))
@@ -122,7 +127,7 @@ def calibrated() -> list[Cells]:
         wrong, highs = np.zeros((3, 2)), np.empty((2, len(tables)))
         for i, (a, b, c) in enumerate(tables.tolist()):
             others = (three_bounds(a, b, c), lang_reiczigel((a / 400, b / 100, c / 200), counts, 1 - ERROR))
-            # Whether melded bounds hold needs no search for them.
+            # Whether the melded bounds contain the rate is known without searching for the bounds.
             found = (at_rate(judge_of(b, c), a, rate), *others)
             wrong += times[i] * np.array([(bounds.high < rate, bounds.low > rate) for bounds in found])
             highs[:, i] = [bounds.high for bounds in others]
@@ -180,7 +185,7 @@ def sequential() -> list[Cells]:
 
 
 def fixed_prompts(rate: float, limit: float) -> int:
-    """The prompts a fixed gate takes where the share seen is the rate itself."""
+    """The prompts that a gate of fixed size needs to decide, if the observed share is the rate itself."""
     return next(
         n
         for n in range(1, 20_000)

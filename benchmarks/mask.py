@@ -1,16 +1,17 @@
-"""One update of a mask's training, beside the published way and the floor: `python -m benchmarks.mask`.
+"""One update of a mask's training, compared with the published way and a floor: `python -m benchmarks.mask`.
 
-A Llama of 185 million parameters in bfloat16, a full fine-tune of it, a dense mask over every Linear, and the published
-batch: 16 preference pairs, here of 32 tokens of prompt and 128 of reply. In turns, each in a process of its own:
+There is a Llama of 185 million parameters in bfloat16, a full fine-tune of it, a dense mask over every Linear, and the
+published batch: 16 preference pairs, here of 32 tokens of prompt and 128 of reply. In turns, each in a process of its
+own:
 
 - `ours`: `fleet.masks.masked_model`, with the aligned model's log-probabilities from the cache.
 - `published`: a straightforward update as the paper's code makes it: every mask is drawn and every merged tensor built
   under autograd, the policy runs on them, the reference does the same live, and Adam moves all logits at the end.
-- `floor`: forward and backward of the plain model on the same batch, with gradients for the same weights. What is
-  faster is not an update.
+- `floor`: forward and backward of the plain model on the same batch, with gradients for the same weights. No update can
+  be faster.
 
 Memory is what the process holds after an update (weights, task vector, logits, moments), and its peak within one; both
-are resident bytes, so they hold what the allocators keep. From the first follows what a 7B would take on GPUs.
+are resident bytes, so they include what the allocators keep. What a 7B would take on GPUs is computed from the first.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _WARM_UP = 2
 
 CONTESTANTS = ("floor", "ours", "published")
 LLAMA_7B = {"parameters": 6_738_415_616, "masked": 6_476_005_376, "layer": 202_383_360, "largest": 45_088_768}
-"""Of Llama-2-7B: all parameters, those of its Linears without the head, of one layer, and of the largest Linear."""
+"""Parameters of Llama-2-7B: all, those of its Linears without the head, of one layer, and of the largest Linear."""
 
 
 def write_models(folder: Path) -> None:
@@ -197,10 +198,10 @@ def turn(name: str, folder: Path, steps: int, threads: int) -> dict[str, float]:
 
 
 def seven_billion(bytes_per_logit: float) -> dict[int, float]:
-    """GB on each of n GPUs of a dense mask over a 7B's Linears, without activations.
+    """n -> GB on each of n GPUs for a dense mask over a 7B's Linears, without activations.
 
-    Sharded: the weights in bfloat16, and all that goes with a logit as measured. Whole: two layers' weights and one's
-    gradients, which FSDP2 gathers, and the values of the largest tensor's mask.
+    Sharded are the weights in bfloat16, what goes with a logit, as measured, and the values of the largest tensor's
+    mask in float32. If there are several GPUs, FSDP2 gathers two layers' weights and one's gradients on each.
     """
     sharded = 2 * LLAMA_7B["parameters"] + bytes_per_logit * LLAMA_7B["masked"]
     whole = 2 * 3 * LLAMA_7B["layer"]
@@ -237,7 +238,7 @@ def main() -> None:
             name, f"{seconds[name]:.2f}", f"{ratio:.2f}", f"{held[name] / 1e9:.2f}", f"{peak[name] / 1e9:.2f}"
         )
     console.print(table)
-    # The floor holds the weights once; beside them an update needs W, δ, the logits and two moments.
+    # The floor holds the weights once; an update also needs W, δ, the logits and two moments.
     per_logit = (held["ours"] - held["floor"]) / masked
     console.print(f"bytes per logit beside the weights: {per_logit:.1f} (W 2, δ 2, logit 4, moments 8: 16)")
     console.print(

@@ -1,17 +1,18 @@
-"""Scoring a catalogue on one engine, beside an engine per candidate and the floor: `python -m benchmarks.score`.
+"""Scoring a catalogue on one engine, compared with an engine per candidate and a floor: `python -m benchmarks.score`.
 
-The demo fleet: its base models and its six fine-tuned ones, each on two prompt suites and six tasks. In turns, each in
-a process of its own:
+The catalogue is the demo's: its base models and its six fine-tuned ones, each on two prompt suites and six tasks. In
+turns, each in a process of its own:
 
 - `ours`: the workers of `fleet.work.scoring` as the coordinator drives them, 16 candidates at once where they share
-  weights; completed, their coherence measured, judged, and logged.
+  weights; prompts are completed, and completions measured for coherence, judged and logged.
 - `floor`: one engine that is asked all of it in one `generate`: the same prompts, as many new tokens each, no adapters,
   nothing measured, nothing judged.
-- `fresh`: an engine per candidate, started for it, which is asked the same. Two candidates, times four.
-- `lm_eval`: lm-eval's own vLLM backend started for one adapter, on the tasks alone; its scores have to be ours.
+- `fresh`: an engine started for each candidate, which is asked the same. Two candidates, scaled up to all eight.
+- `lm_eval`: lm-eval's own vLLM backend started for one adapter, on the tasks alone; its scores have to equal ours.
 
-And on the engine of `ours`: 16 adapters at once beside one, full weights swapped in beside an engine's start, and how
-much of a suite of 400 prompts is generated until an e-process has decided the cap on a safe and on an unsafe model.
+Also measured on the engine of `ours`: 16 adapters at once against one; swapping full weights in against starting an
+engine; and how much of a suite of 400 prompts is generated before an e-process decides the cap, on a safe and on an
+unsafe model.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Ours:
         return record.result["rate"]["value"]
 
     def catalogue(self, candidates: Sequence[Served]) -> dict[str, float]:
-        """Everything, candidates on the same weights together; (candidate.task) -> accuracy."""
+        """Score everything, candidates on the same weights together: `candidate.task` -> accuracy."""
         suites = {name: load_suite(name) for name in PROMPT_SUITES}
         scores: dict[str, float] = {}
 
@@ -135,7 +136,7 @@ def candidates() -> list[Served]:
 
 
 def ours(scratch: Path) -> dict[str, Any]:
-    """All candidates; then what else is asked of the engine."""
+    """Score all candidates, then measure what else is asked of the engine."""
     run = Ours(scratch)
     run.complete(served("aligned"), "demo_tuning_harmful", range(8))  # first use of every kernel
     start = time.perf_counter()
@@ -158,7 +159,7 @@ def ours(scratch: Path) -> dict[str, Any]:
 
 
 def sixteen(run: Ours, scratch: Path) -> dict[str, float]:
-    """One adapter's 120 completions, and those of 16 adapters at once; none was served before."""
+    """Seconds of one adapter's 120 completions, and of those of 16 adapters at once; none was served before."""
     adapters = []
     for i in range(MANY + 1):
         folder = scratch / f"adapter-{i}"
@@ -175,7 +176,7 @@ def sixteen(run: Ours, scratch: Path) -> dict[str, float]:
 
 
 def swap(run: Ours) -> dict[str, float]:
-    """Two full models in turn, swapped in and out."""
+    """Median seconds of swapping a full model in; two models take turns."""
     replica = run.worker.replica  # pyright: ignore[reportPrivateUsage]
     seconds = []
     for name in ("unaligned", "reversing", "unaligned", "reversing"):
@@ -230,7 +231,7 @@ def long_suite(scratch: Path) -> tuple[Suite, SuiteFiles]:
 
 
 def floor(requests: Sequence[tuple[str, int]]) -> dict[str, float]:
-    """One `generate` over the same prompts, each answered by as many tokens."""
+    """Seconds of one `generate` over the same prompts, each answered by as many tokens."""
     from vllm import LLM, SamplingParams  # noqa: PLC0415
 
     options = EngineOptions(max_model_len=256, max_num_seqs=MAX_NUM_SEQS, max_lora_rank=0, kv_cache_bytes=256 << 20)
@@ -249,7 +250,7 @@ def floor(requests: Sequence[tuple[str, int]]) -> dict[str, float]:
 
 
 def fresh(scratch: Path, name: str) -> dict[str, float]:
-    """Engine, candidate, everything asked, from nothing."""
+    """Start an engine and score one candidate on everything."""
     start = time.perf_counter()
     run = Ours(scratch)
     run.catalogue([served(name)])
@@ -283,8 +284,8 @@ def lm_eval_backend(name: str) -> dict[str, Any]:
 
 
 def in_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function gives in a process of its own, which has an engine's environment."""
-    # vLLM divides by the time that a progress bar says has gone by, and lm-eval asks for one: disabled, it says none.
+    """A function's result, from a process of its own with an engine's environment."""
+    # Progress bars are on: lm-eval asks vLLM for one, and vLLM divides by its elapsed time, which a disabled one lacks.
     os.environ.update(engine_env(OPTIONS) | {"TQDM_DISABLE": ""})
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,19 +1,18 @@
-"""The survey of Llama-2-7B's shapes, beside the least it could take and the way the papers do it.
+"""The survey of Llama-2-7B's shapes, compared with the least it could take and with the way the papers do it.
 
     python -m benchmarks.survey [--folder F] [--layers 32] [--keep]
 
-Every run starts in fresh processes, so that peaks don't mix, and follows one that read the same files: what of them is
-in the page cache stays there, a part only where the models are larger than the memory; a column says how much came from
-the disk. (Dropping the files from the cache first would measure something else: on a virtual machine, how fast the host
-gives memory back that it took away meanwhile, which was two to three times as slow as the disk.) As in production there
-is a worker per core, with one thread for its products, and the units of a night go to whichever is free; but Ray is
-left out. A peak is that of one worker. Cases take turns, so that whatever else the machine does meets them alike.
+Every run starts in fresh processes, so that peaks don't mix, and follows a run that read the same files. So the page
+cache has these files, or a part of them if they are larger than the memory; a column says how much came from the disk.
+(Dropping the files from the cache first would measure something else: on a virtual machine, how fast the host gives
+memory back that it took away meanwhile, which was two to three times as slow as the disk.) As in production there is a
+worker per core, with one thread for its products, and the units of a night go to whichever is free; but Ray is left
+out. A peak is that of one worker. Cases take turns, so that whatever else the machine does affects them alike.
 
 The floor of a case is the sum of two times: reading both base models once, and its products at the rate of float32
-products on this machine. It is the sum, because reading needs the cores too: the kernel copies every byte, and the CPU
-seconds of `read` say how long that takes. The larger of the two, as if they overlapped for nothing, is the stricter
-floor, and is reported beside it. Reading adapters, subtracting and
-everything else is what the ratio is above 1.
+products on this machine. It is the sum because reading needs the cores too: the kernel copies every byte, and the CPU
+seconds of `read` say how long that takes. The larger of the two, as if they overlapped at no cost, is a stricter floor,
+and is reported as well. Reading adapters, subtracting and everything else make up what the ratio is above 1.
 """
 
 from __future__ import annotations
@@ -55,10 +54,11 @@ from fleet.work.tensor_worker import TensorWorker
 
 CORES = os.cpu_count() or 1
 BLOCK_BYTES = 2 * BLOCK_ENTRIES
-"""What the survey reads at a time of a model in bfloat16."""
+"""How much the survey reads at a time from a model in bfloat16."""
 
 START_SECONDS = 0.5
-"""Each worker sleeps so long first, so that one alone doesn't take what all are started with."""
+"""Each worker is first given a sleep this long, so that the pool starts all of them, and not one that takes every
+task."""
 
 DIRECTIONS = 8
 ADAPTERS = (1, 16, 64)
@@ -82,10 +82,10 @@ class Case:
     rho: bool
     repeats: int
     first_night: bool = False
-    """V's own part is measured and written, instead of read back."""
+    """Whether V's own part is measured and written, instead of read back."""
 
     def flops(self, parameters: int) -> float:
-        """Of the products with V, `parameters` of which are in linear modules."""
+        """Flops of the products with V, which has `parameters` entries in linear modules."""
         columns = RANK * self.adapters * (2 if self.rho else 1)
         if self.first_night:
             columns += 2 * NUM_PROBES + (2 + 2 * POWER_ITERATIONS) * (DIRECTIONS + OVERSAMPLING)
@@ -114,7 +114,7 @@ def fresh(function: Callable[..., T], *args: object) -> T:
 
 
 class Usage(NamedTuple):
-    """Of one process so far."""
+    """What one process has used so far."""
 
     process: int
     cpu_seconds: float
@@ -123,7 +123,7 @@ class Usage(NamedTuple):
 
 
 def usage() -> Usage:
-    """This process's. `ru_maxrss` won't do: it remembers the parent's from before exec."""
+    """This process's usage. `ru_maxrss` won't do for the peak: it includes the parent's from before exec."""
     read_bytes, peak_kib = _proc_number("io", "read_bytes:"), _proc_number("status", "VmHWM:")
     return Usage(os.getpid(), time.process_time(), read_bytes / GB, peak_kib * 1024 / GB)
 
@@ -140,7 +140,7 @@ def busy_seconds() -> float:
 
 
 def measured(function: Callable[[], list[Usage]]) -> Cost:
-    """What a call takes that says what its processes have used, first and last."""
+    """The cost of a call, which returns what its processes had used at first and at last."""
     busy, started = busy_seconds(), time.perf_counter()
     usages = function()
     seconds, busy = time.perf_counter() - started, busy_seconds() - busy
@@ -151,7 +151,7 @@ def measured(function: Callable[[], list[Usage]]) -> Cost:
 
 
 _worker = TensorWorker()
-"""Of this process, if it is a worker."""
+"""This process's worker, if it is one of the pool's."""
 
 
 def _survey_unit(unit: SurveyUnit) -> tuple[Usage, Usage]:
@@ -183,7 +183,7 @@ def survey_models(folder: Path, case: Case, displacement: str | Output, groups: 
 
 
 def read_models(folder: Path) -> Cost:
-    """Both base models, every byte once: as many threads as the survey's, as large reads, nothing else."""
+    """Read every byte of both base models once, with the survey's number of threads and size of reads, and no more."""
     jobs = [
         (path, start, min(BLOCK_BYTES, path.stat().st_size - start))
         for name in sorted(p.name for p in (folder / "aligned").glob("*.safetensors"))
@@ -308,7 +308,7 @@ class Benchmark:
         return self.seconds(case.name) / sum(self.floor(case))
 
     def overlapped_ratio(self, case: Case) -> float:
-        """As if reading cost no core anything."""
+        """The same over the stricter floor, as if reading took no time of the cores."""
         return self.seconds(case.name) / max(self.floor(case))
 
     def extra_share(self, cases: tuple[Case, ...]) -> float:
@@ -318,11 +318,11 @@ class Benchmark:
         return (self.seconds(most.name) - one) / (most.adapters - first.adapters) / one
 
     def published_seconds(self) -> float:
-        """For the whole model, from one layer."""
+        """For the whole model, scaled up from one layer."""
         return self.seconds("published") * self._layers
 
     def cached_speedup(self) -> float:
-        """In one layer, both ways from the page cache."""
+        """How many times as fast as published one layer is, both from the page cache."""
         return self.seconds("published") / (self.seconds("cached") / CACHED_TIMES)
 
     def peak_gb(self) -> float:
@@ -354,7 +354,7 @@ class Benchmark:
         return table
 
     def result(self) -> dict[str, object]:
-        """The last line."""
+        """What the last line of the output says."""
         one_with_rho = self.seconds(RHO[0].name)
         required = {
             "floor_ratio": (max(self.ratio(case) for case in LIFT), MAX_FLOOR_RATIO, "max"),
@@ -390,7 +390,7 @@ RHO = tuple(Case(f"rho-{n}", n, True, REPEATS if n == 1 else 1) for n in ADAPTER
 FIRST = Case("first-night-1", 1, True, 1, first_night=True)
 
 CACHED_TIMES = 8
-"""One layer is surveyed so often in a run, so that opening the models is no large part of it."""
+"""How often the layer is surveyed in one run, so that opening the models is a small part of it."""
 
 
 def main() -> None:
