@@ -161,7 +161,7 @@ def shards_of(model: FullModel) -> list[Shard]:
 class FloorWorker:
     """Reads once what a fusion reads, and writes as many bytes."""
 
-    def fuse(self, unit: FuseUnit) -> None:
+    def run(self, unit: FuseUnit) -> None:
         aligned = require_full_model(read_model(open_folder(unit.aligned)), "aligned")
         uris = [*([unit.aligned] if unit.as_lora else []), *(m.uri for m in unit.members_M)]  # here: also read the base
         models = [require_full_model(read_model(open_folder(uri)), uri) for uri in uris]
@@ -220,8 +220,8 @@ def run_ours(kind: type[Any], root: Path, out: Path, case: Case) -> tuple[float,
     context = multiprocessing.get_context("spawn")
     units, answers = context.SimpleQueue(), context.SimpleQueue()
     shards = shards_of(aligned)
-    as_adapter = case.reads_base if kind is FloorWorker else False
-    unit = FuseUnit(str(root / "base"), members, method, as_adapter, None, shards[0], Output(str(out), "first"))
+    as_lora = case.reads_base if kind is FloorWorker else False
+    unit = FuseUnit(str(root / "base"), members, method, as_lora, None, shards[0], Output(str(out), "first"))
     workers = [context.Process(target=serve, args=(kind, unit, units, answers)) for _ in range(WORKERS)]
     for worker in workers:
         worker.start()

@@ -35,8 +35,9 @@ BLOCK_ENTRIES = 8 << 20
 _ROWS = 16
 """Blocks have a multiple of this many rows, so that each begins aligned in the memory of the whole."""
 
-_TRIALS = 3
-"""How many columns are tried: with few rows, one alone may have the same bits by chance."""
+_TRIED_ROWS = 64
+"""Numbers that have to agree before a column counts as the same wherever it stands: in a few, another order of adding
+up may give the same bits."""
 
 Side: TypeAlias = Literal["left", "right"]
 """Whether a matrix stands left of the columns it is multiplied with, X @ C, or right of them, (Cᵀ @ X)ᵀ."""
@@ -119,7 +120,8 @@ def _is_columnwise(side: Side, shape: tuple[int, int], width: int, dtype: torch.
     """
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator, dtype=dtype)
-    for _ in range(_TRIALS):
+    rows = shape[0 if side == "left" else 1]
+    for _ in range(max(_TRIED_ROWS // max(rows, 1), 1)):
         column = torch.randn(shape[1 if side == "left" else 0], 1, generator=generator, dtype=dtype)
         first = _multiplied(side, matrix, column.expand(-1, PANEL))[:, :1]
         if any(bool((_multiplied(side, matrix, column.expand(-1, n)) != first).any()) for n in {PANEL, width}):

@@ -12,6 +12,7 @@ import torch
 from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, Dense, LowRank, zero
 from fleet.algebra.factors import Factors
+from fleet.algebra.products import product
 from fleet.algebra.random_edits import named_generator
 from fleet.algebra.spectral import Triplets, truncated
 from fleet.checkpoint.adapter import Adapter
@@ -226,7 +227,7 @@ class _Module:
         )
         v = v if self.view.index is None else v[self.view.index]
         norm = linalg.norm(v)
-        return Dense(v @ (v.T @ self.delta.value) / norm)
+        return Dense(product(v, product(v.T, self.delta.value)) / norm)
 
     @property
     def target_norm(self) -> float:
