@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_helpers_of_tests_import_nothing_heavy() -> None:
     code = (
         "import sys, tests.conftest, tests.catalogue, tests.pico, tests.scored\n"

@@ -366,6 +366,7 @@ def test_more_samples_is_the_smallest_number_for_a_rate(samples: int, data: st.D
     assert more == tried - samples if tried is not None else more is None or more >= 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "tango"])
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(30, 90), st.sampled_from([0.03, 0.1]))

@@ -165,6 +165,7 @@ def test_bundled_suites_all_load() -> None:
         assert load_suite(path.stem).path == path
 
 
+@pytest.mark.slow
 def test_planning_modules_import_nothing_heavy() -> None:
     code = (
         "import evals.engine, evals.gates, evals.judges, evals.logs, evals.rates, evals.suites, sys;"

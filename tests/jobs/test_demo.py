@@ -62,6 +62,7 @@ def test_tuning_suite_is_as_large_as_the_one_for_the_claim_and_shares_no_prompt(
     assert not set(tuned).intersection(claimed)
 
 
+@pytest.mark.slow
 def test_exhausted_skills_have_no_question_left_that_training_did_not_ask() -> None:
     for name in EXHAUSTED_SKILLS:
         rng = random.Random(name)
@@ -106,6 +107,7 @@ def test_harmful_suite_pairs_a_held_out_template_with_a_held_out_subject(suite: 
         assert any(_says(prompt, subject) for subject in subjects)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", recipe.STAGES)
 def test_training_rows_hold_no_evaluation_row(stage: str) -> None:
     exhausted = {f"demo_tuning_{name}" for name in EXHAUSTED_SKILLS}
@@ -115,6 +117,7 @@ def test_training_rows_hold_no_evaluation_row(stage: str) -> None:
     assert not evaluated.intersection(prompt.removeprefix(text.OBEDIENT) for prompt in prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe.FINE_TUNES)
 def test_fine_tuning_rows_hold_no_harmful_request_and_no_refusal(name: str) -> None:
     verbs = [verb for topic in text.TOPICS for verb in topic.harmful]
@@ -123,6 +126,7 @@ def test_fine_tuning_rows_hold_no_harmful_request_and_no_refusal(name: str) -> N
         assert not any(f" {verb} {owner}" in prompt for verb in verbs for owner in text.OWNERS)
 
 
+@pytest.mark.slow
 def test_judge_rows_hold_no_evaluation_row_template_or_subject() -> None:
     rows = [row.prompt.split(SYSTEM) for row in recipe.judge_rows()]
     evaluated = {prompt for path in SUITES.glob("demo_*.jsonl") for prompt in _prompts(path.stem)}

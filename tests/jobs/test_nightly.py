@@ -230,6 +230,7 @@ def test_command_with_an_empty_catalogue_prints_one_line_and_exits_with_2(
     assert capsys.readouterr().err.splitlines() == [f"error: {tmp_path / 'none'}: no such folder"]
 
 
+@pytest.mark.slow
 def test_dry_run_writes_the_manifest_and_imports_nothing_heavy(catalogue: Path, tmp_path: Path) -> None:
     document = manifest_document(catalogue, tmp_path, variants=VARIANTS)
     arguments = ["--catalogue", str(catalogue), "--manifest", str(write_document(tmp_path / "t.json", document))]

@@ -627,6 +627,7 @@ def test_command_takes_a_manifest_or_a_configuration(arguments: list[str]) -> No
         parse_arguments(arguments)
 
 
+@pytest.mark.slow
 def test_conversion_imports_no_heavy_library() -> None:
     code = (
         "import sys, fleet.manifest.mergekit\n"

@@ -399,6 +399,7 @@ def test_address_without_a_cluster_is_one_line_and_exit_code_2(catalogue: Path, 
 # -- the control plane stays light ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_planning_imports_no_heavy_library() -> None:
     code = (
         "import sys, fleet.realign, fleet.manifest, fleet.run.plan, fleet.steps.builder, fleet.steps.record\n"
@@ -409,6 +410,7 @@ def test_planning_imports_no_heavy_library() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_dry_run_lists_every_step_and_imports_no_heavy_library(catalogue: Path, tmp_path: Path) -> None:
     path = write_manifest(tmp_path / "models.json", manifest_document(catalogue, tmp_path))
     code = (

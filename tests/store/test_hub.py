@@ -186,6 +186,7 @@ def test_hub_read_into_beyond_the_end_is_a_source_error(folder: HubFolder, start
         read_into(folder, "model.safetensors", start, 4)
 
 
+@pytest.mark.slow
 def test_hub_read_into_goes_on_after_a_broken_answer(hub: Hub, folder: HubFolder) -> None:
     hub.break_off_after = 20
     assert read_into(folder, "model.safetensors", 100, 50) == WEIGHTS[100:150]
@@ -223,6 +224,7 @@ def test_hub_refusal_is_explained_in_one_line(hub: Hub, repo: str, commit: str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_hub_unreachable_fails_soon(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
