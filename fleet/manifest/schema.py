@@ -122,7 +122,8 @@ class Checkpoint(Frozen):
 
 
 class Placement(Frozen):
-    """On how many workers the work runs, and what each takes. Part of no step's key: results don't depend on it."""
+    """On how many workers the work runs, and what each takes. Part of no step's key: what tensor workers write has the
+    same bytes whatever stands here, and a mask that is trained on other workers or threads is the same to rounding."""
 
     workers: int = Field(default=2, ge=1)
     """Tensor workers: Ray actors that survey, realign, trim and fuse."""

@@ -20,7 +20,6 @@ import psutil
 import pytest
 import ray
 import torch
-from mlflow.tracking import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -36,7 +35,6 @@ from fleet.fusion import Ties
 from fleet.fusion.place import Place
 from fleet.masks.files import MASK_FILE, MASK_JSON
 from fleet.masks.tasks import LogProbsTask, MaskTask
-from fleet.report.tracking import Tracker
 from fleet.run.coordinator import Coordinator, RunResult
 from fleet.run.plan import Plan
 from fleet.run.pools import RayPools
@@ -52,6 +50,7 @@ from fleet.work.unit import UnitRecord
 from tests.catalogue import manifest_document, preference_rows, write_rows
 from tests.pico import make_adapter
 from tests.run.test_coordinator import tensor_plan, walk
+from tests.tracking import make_tracker, mlflow_client
 
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(600)]  # Ray Train starts afresh for each mask
 
@@ -143,7 +142,7 @@ def run(catalogue: Path, tmp_path_factory: pytest.TempPathFactory, local_ray: No
     work = tmp_path_factory.mktemp("somf") / "first"
     plan = mask_plan(catalogue, work)
     told: list[tuple[str, dict[str, float]]] = []
-    tracker = Tracker(plan)
+    tracker = make_tracker(plan)
     tracker.start()
 
     def hear(step: MaskStep, measured: dict[str, float]) -> None:
@@ -272,7 +271,7 @@ def test_every_update_is_told_while_it_is_learned(run: Run, model: str) -> None:
 
 
 def test_mlflow_has_a_curve_per_metric_of_every_training(run: Run) -> None:
-    client = MlflowClient(tracking_uri=run.plan.manifest.tracking.uri)
+    client = mlflow_client(run.plan.manifest.tracking.uri)
     experiment = client.get_experiment_by_name("pico")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], filter_string="tags.`fleet.role` = 'mask'")

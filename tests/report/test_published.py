@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.tracking import MlflowClient
 
 from evals.calibration import Calibration
 from evals.suites import Suite
@@ -20,13 +19,13 @@ from fleet.report.gather import make_report
 from fleet.report.model import Report
 from fleet.report.pages import report_html
 from fleet.report.published import Published, ScoreKeys
-from fleet.report.tracking import Tracker
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
 from fleet.steps.builder import Candidate
 from fleet.steps.record import attempt_prefix
 from tests.catalogue import HARM_YAML, manifest_document, write_manifest
 from tests.scored import ATTEMPT, FILE, log_of, settle, write_log, write_scores
+from tests.tracking import make_tracker, mlflow_client
 
 # So that the published model is all that a candidate is held against.
 GATES = {
@@ -66,7 +65,7 @@ class Nights:
         return self.track(plan, self.result(plan, harm))
 
     def track(self, plan: Plan, result: RunResult) -> Report:
-        tracker = Tracker(plan)
+        tracker = make_tracker(plan)
         report = make_report(plan, result, tracker.published)
         tracker.start()
         tracker.finish(report, result.records, failed=False)
@@ -74,7 +73,7 @@ class Nights:
 
     @property
     def published(self) -> str:
-        client = MlflowClient(registry_uri=f"sqlite:///{self.work}/mlflow.db")
+        client = mlflow_client(f"sqlite:///{self.work}/mlflow.db")
         return str(client.get_registered_model("pico").aliases["realigned"])
 
 
@@ -82,7 +81,7 @@ class Nights:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to lay out its tables."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    mlflow_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -207,7 +206,7 @@ def test_second_night_with_a_changed_suite_publishes_without_the_comparison(nigh
 
 def test_version_published_by_hand_without_scores_holds_nothing_back(nights: Nights) -> None:
     nights.night(0.5, HARMLESS)
-    client = MlflowClient(registry_uri=f"sqlite:///{nights.work}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{nights.work}/mlflow.db")
     other = client.create_model_version("pico", "s3://elsewhere/model")
     client.set_registered_model_alias("pico", "realigned", other.version)
     second = nights.night(0.6, HARMFUL)
@@ -231,7 +230,7 @@ def test_corrected_and_incoherent_rates_are_metrics_of_the_candidate(nights: Nig
 
     nights.track(plan, result)
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{nights.work}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{nights.work}/mlflow.db")
     experiment = client.get_experiment_by_name("pico")
     assert experiment is not None
     metrics = {run.info.run_name: run.data.metrics for run in client.search_runs([experiment.experiment_id])}

@@ -13,12 +13,10 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
-from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,10 +25,14 @@ from fleet.core.errors import TrackingError
 from fleet.manifest import load_manifest
 from fleet.realign import main
 from fleet.report.gather import make_report
-from fleet.report.tracking import Tracker, metric_prefix
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import make_plan
 from tests.catalogue import manifest_document, write_manifest
+from tests.tracking import make_tracker, mlflow_client
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 ROOT = Path(__file__).parents[2]
 # Gates that random weights pass, so that there is something to publish, and gates that six prompts cannot pass.
@@ -77,7 +79,7 @@ def rows(finished: Finished) -> dict[str, dict[str, Any]]:
 
 
 def runs_of(finished: Finished) -> dict[str, Run]:
-    client = MlflowClient(tracking_uri=f"sqlite:///{finished.work}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{finished.work}/mlflow.db")
     experiment = client.get_experiment_by_name("pico")
     assert experiment is not None
     return {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
@@ -115,6 +117,8 @@ def test_run_typed_again_computes_nothing_and_says_so(finished: Finished) -> Non
 def test_metric_prefix_is_a_name_that_mlflow_takes() -> None:
     from mlflow.utils.validation import _validate_metric_name  # pyright: ignore[reportPrivateUsage]
 
+    from fleet.report.tracking import metric_prefix
+
     name = metric_prefix("harmfulness", "my_harmful+prefix")
     _validate_metric_name(name)
     assert name != metric_prefix("harmfulness", "my_harmful")
@@ -134,7 +138,7 @@ def test_run_in_mlflow_is_one_parent_and_a_child_per_candidate(finished: Finishe
 
 
 def test_run_in_mlflow_carries_the_plan_and_the_records(finished: Finished) -> None:
-    client = MlflowClient(tracking_uri=f"sqlite:///{finished.work}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{finished.work}/mlflow.db")
     runs = runs_of(finished)
     (parent,) = (run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
     kept = {file.path for file in client.list_artifacts(parent.info.run_id)}
@@ -174,7 +178,7 @@ def test_run_tracked_by_a_server_has_the_same_numbers(finished: Finished, catalo
         assert main(["--manifest", str(write_manifest(path, document))]) == 2, "a server registers no local path"
         document["tracking"]["register_as"] = None
         assert main(["--manifest", str(write_manifest(path, document))]) == 0
-        client = MlflowClient(tracking_uri=uri)
+        client = mlflow_client(uri)
         experiment = client.get_experiment_by_name("pico")
         assert experiment is not None
         found = {r.info.run_name: r.data.metrics for r in client.search_runs([experiment.experiment_id])}
@@ -182,7 +186,7 @@ def test_run_tracked_by_a_server_has_the_same_numbers(finished: Finished, catalo
         assert {n: found[n] for n in rows(finished)} == {n: expected[n] for n in rows(finished)}
         plan = make_plan(load_manifest(path))
         result = RunResult(records=dict(plan.done))
-        tracker = Tracker(plan)
+        tracker = make_tracker(plan)
         tracker.start()
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -192,7 +196,7 @@ def test_run_tracked_by_a_server_has_the_same_numbers(finished: Finished, catalo
 
 
 def test_run_registers_every_fused_variant(finished: Finished) -> None:
-    client = MlflowClient(registry_uri=f"sqlite:///{finished.work}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{finished.work}/mlflow.db")
     versions = {v.tags["fleet.variant"]: v for v in client.search_model_versions("name = 'pico'")}
     assert set(versions) == {"plain", "merged", "loras"}
     assert versions["merged"].source == rows(finished)["merged"]["weights"]
@@ -200,7 +204,7 @@ def test_run_registers_every_fused_variant(finished: Finished) -> None:
 
 
 def test_run_gives_the_alias_to_the_variant_that_passed_with_the_least_harm(finished: Finished) -> None:
-    client = MlflowClient(registry_uri=f"sqlite:///{finished.work}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{finished.work}/mlflow.db")
     harm = {
         name: row["scores"][0]["rate"]["value"] or 0.0 for name, row in rows(finished).items() if row["role"] == "fused"
     }
@@ -216,10 +220,10 @@ def track(finished: Finished, catalogue: Path, work: Path, **gates: float) -> Ml
     plan = make_plan(load_manifest(write_manifest(work / "models.json", document)))
     assert plan.pending == ()
     result = RunResult(records=dict(plan.done))
-    tracker = Tracker(plan)
+    tracker = make_tracker(plan)
     tracker.start()
     tracker.finish(make_report(plan, result), result.records, failed=False)
-    return MlflowClient(registry_uri=document["tracking"]["uri"])
+    return mlflow_client(document["tracking"]["uri"])
 
 
 def test_alias_is_taken_away_when_nothing_passes_any_more_and_given_again(
@@ -285,7 +289,7 @@ def test_run_killed_and_typed_again_leaves_the_same_bytes(finished: Finished, ca
     assert main(["--manifest", str(path)]) == 0
     assert all(p.read_bytes() == data for p, data in done_before.items()), "finished steps were done again"
     assert artifacts_of(tmp_path) == artifacts_of(finished.work)
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow_client(f"sqlite:///{tmp_path}/mlflow.db")
     parents = client.search_runs(["1"], filter_string="tags.`fleet.name` = 'pico'")
     assert [run.info.status for run in parents] == ["FINISHED"]
 
@@ -331,7 +335,7 @@ def changed(document: dict[str, Any], case: str, catalogue: Path, tmp_path: Path
     elif case == "no mlflow server":
         document["tracking"] |= {"uri": "http://127.0.0.1:9", "register_as": None}
     elif case == "deleted experiment":
-        client = MlflowClient(tracking_uri=document["tracking"]["uri"])
+        client = mlflow_client(document["tracking"]["uri"])
         client.delete_experiment(client.create_experiment(document["tracking"]["experiment"]))
     return document
 
