@@ -80,6 +80,12 @@ def limit_of(share: float) -> int:
     return math.ceil(share * (1 << _BITS) - 0.5)
 
 
+def least_of(share: float) -> float:
+    """The smallest draw that is at least `share`: a float32, which `share` need not be. A draw may lie between the
+    two."""
+    return (limit_of(share) + 0.5) * 2.0**-_BITS
+
+
 def _word(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fleet.algebra.delta import Delta, Dense
-from fleet.algebra.noise import FACTORS, NoiseKey, counters, limit_of, uniform
+from fleet.algebra.noise import FACTORS, NoiseKey, counters, least_of, limit_of, uniform
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def kept(value: torch.Tensor, key: NoiseKey, start: int, drop_rate: float) -> to
         drop_rate: p in [0, 1).
     """
     if not _is_plain(value):
-        return value * (uniform(key, start, value.numel(), value.device) >= drop_rate)
+        return value * (uniform(key, start, value.numel(), value.device) >= least_of(drop_rate))
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     _kernels().drop(_flat(value), *counters(key, start), limit_of(drop_rate), FACTORS, _flat(out))
     return out

@@ -95,6 +95,16 @@ def test_drop_rate_at_a_draws_own_value_is_not_rounded(draw: int, side: int) -> 
     assert (noise >= rate).tolist() == [word >= limit for word in (draw - 1, draw, draw + 1)]
 
 
+def test_draw_between_a_rate_and_its_float32_is_dropped_by_torch_too() -> None:
+    """The draw at entry 195 is float32(p) itself, which is below p: 0.95 less two last digits of a float64."""
+    key, rate = NoiseKey(563930400, 22958086), 0.9499999999999998
+    assert float(uniform(key, 195, 1)) < rate == pytest.approx(float(uniform(key, 195, 1)), abs=1e-7)
+    values = torch.ones(1)
+    assert (
+        kept(values, key, 195, rate).tolist() == kept(values.clone().requires_grad_(), key, 195, rate).tolist() == [0]
+    )
+
+
 def test_drop_where_the_counter_wraps_is_torchs() -> None:
     key, values = NoiseKey(2**32 - 100, 7), normal(0, 300)
     out = torch.empty(300)
