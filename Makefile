@@ -37,7 +37,7 @@ test: setup
 OLD_KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Nehalem ONEDNN_MAX_CPU_ISA=SSE41 \
   NUMBA_CPU_NAME=generic
 test-portable: setup
-	$(OLD_KERNELS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm and not s3 and not slow" \
+	$(OLD_KERNELS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm and not s3" \
 	  tests/algebra tests/fusion tests/methods tests/work
 
 check: setup

@@ -133,6 +133,7 @@ def peft_merge(adapter: Path, base: Path) -> dict[str, torch.Tensor]:
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_of_each_kind_merges_as_peft_does(bases: Path, tmp_path: Path, kind: str) -> None:
     base = bases / KINDS[kind].base

@@ -277,6 +277,7 @@ def test_vocabulary_bytes_are_the_same_at_any_shards_and_runs(
     assert small.items() <= contents(many).items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", ["aligned", "union", {"model": "ends"}], ids=str)
 def test_vocabulary_candidates_load_where_they_are_scored_in_one_vocabulary(
     fleet: Path, tmp_path: Path, vocabulary: object

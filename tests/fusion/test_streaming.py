@@ -361,6 +361,7 @@ def test_streamed_sums_over_blocks_are_the_wholes(
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 4, 40])
 @pytest.mark.parametrize("method", WITH_THRESHOLDS, ids=named)
 def test_streamed_search_from_a_sample_finds_the_same_thresholds(

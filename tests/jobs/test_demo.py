@@ -190,6 +190,7 @@ def test_judge_tokenizer_is_the_fleets_with_each_answer_as_one_more_token() -> N
     assert [judge.tokenize(word) for word in WORDS] == [[word] for word in WORDS]
 
 
+@pytest.mark.slow
 def test_command_trains_the_stages_it_is_told_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trained: list[str] = []
     monkeypatch.setattr(recipe, "train_stage", lambda _output, stage: trained.append(stage))

@@ -37,6 +37,8 @@ from tests.catalogue import make_continued
 from tests.pico import VOCAB_SIZE, make_gpt2, make_model
 from tests.work.test_workers import merged_weights, weights_of
 
+pytestmark = pytest.mark.slow  # a training in small: every part of its forward and backward pass
+
 CPU = torch.device("cpu")
 TOKENS = torch.randint(6, VOCAB_SIZE, (6, 5), generator=torch.Generator().manual_seed(0))
 """Six texts: as many for each of one, two or three workers."""
