@@ -172,11 +172,6 @@ class RealignMethod(BaseModel):
         return frozenset()
 
     @property
-    def controlled(self) -> RealignMethod:
-        """For a control, the method it controls for; else the method itself."""
-        return self
-
-    @property
     def matched(self) -> RealignMethod | None:
         """For a control, the method whose edit norms it matches; else None."""
         return None

@@ -61,10 +61,6 @@ class Control(RealignMethod):
         return self
 
     @property
-    def controlled(self) -> RealignMethod:
-        return self.of
-
-    @property
     def matched(self) -> RealignMethod:
         return self.of
 
