@@ -159,7 +159,8 @@ class Coordinator:
     def _start_joint(self, name: str) -> None:
         """All steps of a pass that wait begin together, once what they need of others is done."""
         steps = tuple(step for step in self._waiting.values() if step.joint == name)
-        if all(n.key in self._result.records or n in steps for step in steps for n in _needs(step)):
+        there = self._result.records.keys() | {step.key for step in steps}
+        if all(n.key in there for step in steps for n in _needs(step)):
             attempt = new_attempt()
             self._begin(_Active(steps, attempt, type(steps[-1]).walk_together(steps, self._run, attempt)))
 
