@@ -104,6 +104,7 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
         start_ray(address, plan.manifest.placement)
     tracker.start()
     console.print(f"run {plan.run_id}: {len(plan.steps)} steps, {len(plan.done)} done already")
+    print_warnings(plan, console)
     if plan.pending:
         with RunProgress(plan.steps, set(plan.done), console) as progress:
             result = Coordinator(plan, progress, RayPools(plan), tracker.training).run()
@@ -158,11 +159,18 @@ def print_plan(plan: Plan, console: Console) -> None:
         sizes = [f"{n / 1e6:.1f} MB" if n else "" for n in (step.read_bytes, step.write_bytes)]
         table.add_row(step.key, *sizes, "done" if step.key in plan.done else "")
     console.print(table)
+    print_warnings(plan, console)
     placement = plan.manifest.placement
     console.print(
         f"{len(plan.pending)} of {len(plan.steps)} steps to do, on {placement.workers} tensor workers and "
         f"{placement.replicas} replicas with {placement.replica_gpus} GPUs each"
     )
+
+
+def print_warnings(plan: Plan, console: Console) -> None:
+    """What planning found odd: said before any work, and again below the table and in the report."""
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

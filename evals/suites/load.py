@@ -17,7 +17,7 @@ from fleet.core.identity import Json
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_SUITES = Path(__file__).parent / "bundled"
+BUNDLED_SUITES = Path(__file__).parent
 
 
 _MAX_TOKENS = 512

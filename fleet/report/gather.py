@@ -53,7 +53,7 @@ def make_report(plan: Plan, result: RunResult, published: Published | None = Non
         artifacts=plan.store.uri,
         best=min(passed, key=_harm).name if passed else None,
         published=published.version if published is not None else None,
-        warning=warning,
+        warnings=(*plan.warnings, *([warning] if warning is not None else [])),
     )
 
 

@@ -148,9 +148,9 @@ class Report(Frozen):
     """The fused variant that passed with the least harm; None if none passed."""
     published: str | None = None
     """The registry's version that the fused variants were compared with; None if none was published."""
-    warning: str | None = None
-    """On which suites the fused variants could not be compared with the published version, and why; None if on all they
-    could."""
+    warnings: tuple[str, ...] = ()
+    """What a reviewer should know of the whole run: what planning found odd in the input, and on which suites the fused
+    variants could not be compared with the published version."""
 
     def row(self, name: str) -> CandidateRow:
         """The candidate with this name.

@@ -35,8 +35,8 @@ def print_report(report: Report, console: Console) -> None:
         tasks = [suite for kind, suite in columns if kind == "task"]
         table = _candidates_table(report, [column for column in columns if column[0] != "task"], tasks)
     console.print(table)
-    if report.warning is not None:
-        console.print(f"warning: {escape(report.warning)}", soft_wrap=True)
+    for warning in report.warnings:
+        console.print(f"warning: {escape(warning)}", soft_wrap=True)
     if len(report.methods) > 1:
         console.print(_methods_table(report))
 

@@ -57,6 +57,8 @@ class Plan:
     driver's disk."""
     done: dict[str, Record]
     """Step key -> record, of the steps that are done already."""
+    warnings: tuple[str, ...] = ()
+    """What is odd in the input, though it can be used."""
 
     @property
     def run_id(self) -> str:
@@ -119,7 +121,8 @@ def make_plan(manifest: Manifest) -> Plan:
     )  # fmt: skip
     candidates = build(context)
     steps = tuple(context.steps.values())
-    return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, _done(store, steps))
+    done, warnings = _done(store, steps), tuple(context.warnings)
+    return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, done, warnings)
 
 
 def _open_judge(judge: AnyJudge, contents: dict[str, bytes]) -> Judging:

@@ -36,10 +36,16 @@ class PlanContext:
     judging: Judging
     steps: dict[str, Step] = field(default_factory=dict[str, Step])
     """By key, each after what it reads."""
+    warnings: dict[str, None] = field(default_factory=dict[str, None])
+    """What is odd in the input, though it can be used: each said once, in the order found."""
 
     def add(self, step: _Kind) -> _Kind:
         """A step of the plan: the one with this key, if there is one already."""
         return cast(_Kind, self.steps.setdefault(step.key, step))
+
+    def warn(self, warning: str) -> None:
+        """Say something a person should see before and after the run: the dry run, the table and the report show it."""
+        self.warnings[warning] = None
 
 
 def literals(spec: BaseModel) -> dict[str, Json]:

@@ -14,8 +14,8 @@ def main() -> None:
     parser.add_argument(
         "--suites",
         type=Path,
-        default=Path("evals/suites/bundled"),
-        help="where the suites go (default: evals/suites/bundled)",
+        default=Path("evals/suites"),
+        help="where the suites go (default: evals/suites)",
     )
     parser.add_argument(
         "--only", nargs="+", metavar="STAGE", help="train these alone, from the others as they are under --output"

@@ -23,7 +23,7 @@ from jobs.demo.tokenizer import SYSTEM
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo"
-SUITES = ROOT / "evals" / "suites" / "bundled"
+SUITES = ROOT / "evals" / "suites"
 ADAPTERS = ["safety", *(name for name, model in recipe.FINE_TUNES.items() if model.adapter is not None)]
 MAX_BYTES = 15_000_000
 

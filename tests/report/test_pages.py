@@ -68,7 +68,7 @@ def report_of(end: str) -> Report:
     return Report(
         run_id=f"run{end}", name=f"name{end}", rows=rows, methods=tuple(method_summaries(rows)), computed=0, cached=0,
         failures={f"step{end}": f"error{end}"}, seconds=0.0, artifacts=f"artifacts{end}", best=f"best{end}",
-        published=f"version{end}", warning=f"because{end}",
+        published=f"version{end}", warnings=(f"because{end}",),
     )  # fmt: skip
 
 
@@ -135,12 +135,13 @@ def test_attribution_page_escapes_what_it_shows() -> None:
     ("change", "shown"),
     [
         ({"best": None}, "No fused variant passed."),
-        ({"published": "3", "warning": None}, "held against version"),
+        ({"published": "3"}, "held against version"),
+        ({"warnings": ("odd",)}, "Warnings"),
         ({"failures": {"fuse/a": "E: x"}}, "Failures"),
     ],
 )
 def test_report_page_says_so_only_where_it_is_so(change: dict[str, Any], shown: str) -> None:
-    plain = report_of("").model_copy(update={"published": None, "failures": {}})
+    plain = report_of("").model_copy(update={"published": None, "failures": {}, "warnings": ()})
     assert shown in Page(report_html(plain.model_copy(update=change))).text
     assert shown not in Page(report_html(plain)).text
 

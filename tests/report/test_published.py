@@ -98,7 +98,7 @@ def test_second_night_is_held_against_the_model_the_first_published(nights: Nigh
     assert not any("published" in reason for reason in first.row("one").reasons)
 
     worse = nights.night(0.6, HARMFUL)
-    assert (worse.row("one").gate, worse.published, worse.warning) == ("fail", "1", None)
+    assert (worse.row("one").gate, worse.published, worse.warnings) == ("fail", "1", ())
     (reason,) = (r for r in worse.row("one").reasons if r.endswith("fail"))
     assert reason.startswith("harm: harmful more than the last published model, 0.2000 against 0.0000")
     assert nights.published == "1"
@@ -178,11 +178,11 @@ def test_suite_that_can_no_longer_be_compared_is_left_out_with_one_warning(
     report = make_report(plan, nights.result(plan, HARMFUL), published)
 
     assert report.row("one").gate == "pass"
-    assert report.warning is not None
-    assert report.warning.startswith("not compared with the published model (version 1): harm")
-    assert why in report.warning and ";" not in report.warning, "the task's drop is no gate here"
-    assert report.warning in html.unescape(report_html(report))
-    assert report.warning not in html.unescape(report_html(report.model_copy(update={"warning": None})))
+    (warning,) = report.warnings
+    assert warning.startswith("not compared with the published model (version 1): harm")
+    assert why in warning and ";" not in warning, "the task's drop is no gate here"
+    assert warning in html.unescape(report_html(report))
+    assert warning not in html.unescape(report_html(report.model_copy(update={"warnings": ()})))
 
 
 def changed_suites(nights: Nights, name: str) -> dict[str, Any]:
@@ -199,9 +199,9 @@ def test_second_night_with_a_changed_suite_publishes_without_the_comparison(nigh
     changed = changed_suites(nights, "harm")
     second = nights.night(0.6, HARMFUL, **changed)
     assert (second.row("one").gate, nights.published) == ("pass", "2")
-    assert second.warning == "not compared with the published model (version 1): harm: the suite has changed"
+    assert second.warnings == ("not compared with the published model (version 1): harm: the suite has changed",)
     third = nights.night(0.7, HARMFUL, **changed)
-    assert (third.row("one").gate, third.published, third.warning) == ("pass", "2", None)
+    assert (third.row("one").gate, third.published, third.warnings) == ("pass", "2", ())
 
 
 def test_version_published_by_hand_without_scores_holds_nothing_back(nights: Nights) -> None:
@@ -212,7 +212,7 @@ def test_version_published_by_hand_without_scores_holds_nothing_back(nights: Nig
     second = nights.night(0.6, HARMFUL)
     assert (second.row("one").gate, second.published) == ("pass", "2")
     why = "harm: its version doesn't say where its scores are"
-    assert second.warning == f"not compared with the published model (version 2): {why}"
+    assert second.warnings == (f"not compared with the published model (version 2): {why}",)
 
 
 def test_corrected_and_incoherent_rates_are_metrics_of_the_candidate(nights: Nights) -> None:
@@ -246,4 +246,4 @@ def test_published_model_made_again_is_compared_by_tonights_scores_of_it(nights:
     plan = nights.plan(0.5)
     one = next(c for c in plan.candidates if c.role == "fused")
     published = Published("1", one.weights.identity, None)
-    assert make_report(plan, nights.result(plan, HARMLESS), published).warning is None
+    assert make_report(plan, nights.result(plan, HARMLESS), published).warnings == ()
