@@ -1,4 +1,4 @@
-"""Report -> MLflow: one parent run per run, one child run per candidate. The only place that imports mlflow.
+"""Report -> MLflow: one parent run per run, one child run per candidate. Only this and `mlflow_store` import mlflow.
 
 The store's records come first, and MLflow only shows them. Whether it answers is tried before any work begins; if it
 fails at the end, the command says so, and the same command typed again writes what is missing.
@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import cast
-
-# mlflow reads its environment when it is imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow.entities import Metric, Param, Run
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -27,6 +21,7 @@ from pydantic import ValidationError
 from fleet.core.errors import InputError, TrackingError
 from fleet.core.identity import Json
 from fleet.report.files import report_files
+from fleet.report.mlflow_store import explained, opened
 from fleet.report.model import CandidateRow, Report
 from fleet.report.published import Published, ScoreKeys
 from fleet.report.results import own_steps
@@ -77,8 +72,7 @@ class Tracker:
                 "tracking.register_as: an MLflow server registers no path of this machine; "
                 "set artifacts to s3://…, or leave register_as out"
             )
-        try:
-            self._client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
+        with opened(tracking.uri) as self._client:
             experiment = self._client.get_experiment_by_name(tracking.experiment)
             self._experiment = (
                 experiment.experiment_id if experiment else self._client.create_experiment(tracking.experiment)
@@ -86,8 +80,6 @@ class Tracker:
             self._registry = _Registry(self._client, tracking.register_as, plan) if tracking.register_as else None
             self.published = self._registry.last_published() if self._registry else None
             """What was published when the run began."""
-        except MlflowException as e:
-            raise InputError(f"tracking.uri: {tracking.uri} doesn't answer as an MLflow store: {e.message}") from e
         if experiment and experiment.lifecycle_stage == "deleted":
             raise InputError(
                 f"tracking.experiment: {tracking.experiment} was deleted in MLflow; restore it, or choose another name"
@@ -106,17 +98,22 @@ class Tracker:
         return f"mlflow ui --backend-store-uri {tracking.uri}  (experiment {tracking.experiment}, run {self.run_id})"
 
     def start(self) -> None:
-        """Open the parent run of this plan, or the one that an earlier, interrupted command opened."""
+        """Open the parent run of this plan, or the one that an earlier, interrupted command opened.
+
+        Raises:
+            InputError: MLflow doesn't take it.
+        """
         plan = self._plan
-        run = self._find(plan.run_id) or self._create(
-            plan.run_id, f"{plan.manifest.name} {plan.run_id}", {"fleet.name": plan.manifest.name}
-        )
-        self.run_id = run.info.run_id
-        self._client.update_run(self.run_id, status="RUNNING")
-        self._log_params(run, {"manifest.name": plan.manifest.name, "artifacts": plan.store.uri})
-        self._text(self.run_id, "manifest.json", plan.manifest.model_dump_json(indent=1, by_alias=True))
         steps = [{"key": s.key, "spec": s.spec, "inputs": s.inputs} for s in plan.steps]
-        self._text(self.run_id, "plan.json", json.dumps(steps, indent=1, sort_keys=True))
+        with explained(plan.manifest.tracking.uri):
+            run = self._find(plan.run_id) or self._create(
+                plan.run_id, f"{plan.manifest.name} {plan.run_id}", {"fleet.name": plan.manifest.name}
+            )
+            self.run_id = run.info.run_id
+            self._client.update_run(self.run_id, status="RUNNING")
+            self._log_params(run, {"manifest.name": plan.manifest.name, "artifacts": plan.store.uri})
+            self._text(self.run_id, "manifest.json", plan.manifest.model_dump_json(indent=1, by_alias=True))
+            self._text(self.run_id, "plan.json", json.dumps(steps, indent=1, sort_keys=True))
 
     def training(self, step: Step, measured: Mapping[str, float]) -> None:
         """Log one update or evaluation of a training, while it goes on, as a child run with a curve per metric.
