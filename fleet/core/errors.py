@@ -56,6 +56,5 @@ def report_error(error: FleetError) -> int:
 
 def some(names: Collection[str], limit: int = 8) -> str:
     """The first of these names, sorted, and how many more there are: for a message."""
-    """The first names, sorted, and how many more there are."""
     shown = ", ".join(sorted(names)[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

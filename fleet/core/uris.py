@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +11,19 @@ from pydantic import AfterValidator, Field, ValidationInfo
 
 
 def absolute(value: str, info: ValidationInfo) -> str:
-    """A relative path, from the folder in the validation context; anything with a scheme stays."""
+    """A relative path, from the folder in the validation context; `~` is the home folder; what has a scheme stays.
+
+    Raises:
+        ValueError: it names an environment variable, of which a record couldn't tell what it was.
+    """
     context: dict[str, object] = info.context or {}
     root = context.get("root")
-    if root is None or re.match(r"[a-z0-9]+://", value):
+    if root is None or re.match(r"[A-Za-z0-9]+://", value):
         return value
-    return str(Path(str(root), value))
+    path = Path(str(root), os.path.expanduser(value))
+    if (variable := re.search(r"\$(\w+|\{\w+\})", value)) and not path.exists():
+        raise ValueError(f"{value}: variables such as {variable[0]} aren't filled in; write the path itself")
+    return str(path)
 
 
 Uri = Annotated[str, Field(min_length=1), AfterValidator(absolute)]

@@ -24,8 +24,15 @@ RESERVED_NAMES = ("aligned", "unaligned", "safety")
 
 
 def _absolute_tracking(value: str, info: ValidationInfo) -> str:
-    match = re.fullmatch(r"sqlite:///(?!/)(.+)", value)
-    return f"sqlite:///{absolute(match[1], info)}" if match else value
+    if re.match(r"sqlite(\+\w+)?:", value):
+        if (file := re.fullmatch(r"sqlite:///(?!:memory:)(.+)", value)) is None:
+            raise ValueError(f"{value} names no file that stays; write sqlite:///mlflow.db")
+        return f"sqlite:///{absolute(file[1], info)}"
+    if value != "databricks" and re.match(r"(?!file:)[a-z0-9+-]+://", value) is None:
+        raise ValueError(
+            f"MLflow keeps runs in no plain folder or file any more; write sqlite:///{value or 'mlflow.db'}"
+        )
+    return value
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
@@ -54,6 +61,7 @@ class ModelSpec(Frozen):
     """One fine-tuned model of the catalogue."""
 
     name: Name
+    """What it is called in the table and in variants."""
     source: Uri
     """A folder, `s3://bucket/prefix` or `hf://org/name@commit` with a full model or a PEFT LoRA adapter."""
     suites: tuple[str, ...] = ()
@@ -77,6 +85,7 @@ class Variant(Frozen):
     """One way to realign and fuse the catalogue."""
 
     name: Name
+    """What its fused model is called in the table."""
     realign: AnyRealignMethod | None
     """How each model is realigned; null leaves them as fine-tuned."""
     fuse: AnyFusionMethod | None
@@ -98,6 +107,7 @@ class Tracking(Frozen):
     uri: Annotated[str, Field(min_length=1), AfterValidator(_absolute_tracking)] = "sqlite:///mlflow.db"
     """`sqlite:///file.db` or a server's address."""
     experiment: str = "fleet"
+    """The experiment that the runs are in; it is made if it isn't there."""
     register_as: Name | None = None
     """Name under which fused variants are registered; the best one that passes the gates gets the alias `realigned`."""
 
@@ -128,6 +138,7 @@ class Placement(Frozen):
     workers: int = Field(default=2, ge=1)
     """Tensor workers: Ray actors that survey, realign, trim and fuse."""
     worker_cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs of one tensor worker."""
     worker_memory_bytes: int = Field(default=0, ge=0)
     """Memory that Ray reserves for each of them; 0 reserves none."""
     replicas: int = Field(default=1, ge=1)
@@ -138,6 +149,7 @@ class Placement(Frozen):
     """Candidates that a replica scores at the same time, in the same batches; as many adapters are in its memory. A
     judge that isn't a model judges as many suites at the same time."""
     replica_cpus: float = Field(default=1.0, gt=0.0)
+    """CPUs of one replica."""
     replica_gpus: int = Field(default=0, ge=0)
     """GPUs of one replica, which is its tensor-parallel size; 0 runs on the CPU."""
     kv_cache_bytes: int = Field(default=256 << 20, gt=0)
@@ -169,18 +181,31 @@ class Manifest(Frozen):
     """Everything one run is asked to do."""
 
     schema_: Literal[1] = Field(alias="schema")
+    """Version of the manifest's format."""
+    editor_schema: str | None = Field(default=None, alias="$schema", exclude=True)
+    """Where an editor finds this JSON Schema; it has no effect."""
     name: Name
+    """What the run is called."""
     base: Base
+    """The base models."""
     models: tuple[ModelSpec, ...] = Field(min_length=1)
+    """The catalogue: the fine-tuned models."""
     variants: tuple[Variant, ...] = Field(min_length=1)
+    """The ways of realigning and fusing that are tried."""
     survey: Survey = Survey()
+    """What is measured of every task vector."""
     evaluation: Evaluation
+    """How models are scored."""
     gates: Gates = Gates()
+    """What a fused model must reach to be published."""
     tracking: Tracking = Tracking()
+    """Where MLflow keeps the runs."""
     artifacts: Uri
     """The store: a folder or `s3://bucket/prefix`."""
     checkpoint: Checkpoint = Checkpoint()
+    """How full models are read and written."""
     placement: Placement = Placement()
+    """On how many workers the work runs."""
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Manifest:

@@ -266,6 +266,8 @@ def _open_curvature(uri: str) -> CurvatureSource:
 
 def _load_suites(manifest: Manifest) -> dict[str, Suite]:
     evaluation = manifest.evaluation
+    if missing := [folder for folder in evaluation.folders if not Path(folder).is_dir()]:
+        raise ManifestError(f"evaluation.folders: no such folder: {', '.join(missing)}")
     folders = (*(Path(f) for f in evaluation.folders), BUNDLED_SUITES)
     wanted = [
         *((name, "harmfulness") for name in evaluation.harmfulness),

@@ -7,6 +7,7 @@ name in one step: `link`, which fails if the name is taken, for `create`; `renam
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class LocalFolder:
     def files(self) -> dict[str, int]:
         with _explained(SourceError, self.path):
             if not self.path.is_dir():
-                raise SourceError(f"{self.path}: no such folder")
+                raise SourceError(f"{self.path}: {_why_no_folder(self.path)}")
             found = _sizes(self.path, self.path)
         if not found:
             raise SourceError(f"{self.path}: the folder holds no files")
@@ -75,6 +76,16 @@ class LocalFolder:
     def local(self, scratch: Path) -> Path:
         self.files()
         return self.path
+
+
+def _why_no_folder(path: Path) -> str:
+    if path.exists():
+        return "a file; give the folder that it is in"
+    owner = re.fullmatch(r"(?:hf:)?([\w.-]+)", path.parent.name)
+    if path.parent.exists() or owner is None:
+        return "no such folder"
+    hub = f"hf://{owner[1]}/{path.name}@<40 hexadecimal digits of its commit>"
+    return f"no such folder; if it is a model on the Hugging Face Hub, write {hub}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,8 @@ class LocalStore:
 
     def check(self) -> None:
         path = self.root / ".check"
+        if self.root.is_file():
+            raise SourceError(f"{self.root}: a file; artifacts need a folder, which is made if it isn't there")
         with _explained(SourceError, self.root):
             _create(path, b"")
             if _create(path, b""):

@@ -66,9 +66,17 @@ def _open_folder(uri: str) -> Folder:
 
 def _local_path(uri: str, expected: str) -> Path:
     if not uri or "://" in uri:
-        raise SourceError(f"{uri!r}: {expected}")
+        raise SourceError(f"{uri!r}: {expected}{_scheme_hint(uri)}")
     # Absolute, because a worker's current directory is not the driver's.
     return Path(os.path.abspath(os.path.expanduser(uri)))
+
+
+def _scheme_hint(uri: str) -> str:
+    if page := re.match(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", uri):
+        return f"; write hf://{page[1]}@<40 hexadecimal digits of its commit>"
+    if uri.startswith("file://"):
+        return f"; write {uri.removeprefix('file://')}"
+    return ""
 
 
 def _bucket_and_prefix(uri: str) -> tuple[str, str]:

@@ -633,3 +633,25 @@ def test_s3_server_without_conditional_writes_fails_the_check(s3_bucket: str, mo
     monkeypatch.setattr("fleet.store.s3.client", lambda patient=True: client)
     with pytest.raises(SourceError, match="ignores If-None-Match"):
         S3Store(s3_bucket, "x").check()
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "hf:meta-llama/Llama-3.1-8B"])
+def test_hub_name_taken_for_a_folder_says_how_to_write_it(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match=r"no such folder; .* write hf://meta-llama/Llama-3\.1-8B@<40 hexadecimal"):
+        LocalFolder(tmp_path / name).files()
+
+
+def test_address_of_a_web_page_or_file_says_how_to_write_it() -> None:
+    with pytest.raises(SourceError, match=r"; write hf://org/name@<40 hexadecimal digits of its commit>"):
+        open_folder("https://huggingface.co/org/name/tree/main")
+    with pytest.raises(SourceError, match=r"; write /models/x"):
+        open_folder("file:///models/x")
+
+
+def test_file_in_place_of_a_folder_or_store_is_called_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(SourceError, match="a file; give the folder that it is in"):
+        LocalFolder(file).files()
+    with pytest.raises(SourceError, match="a file; artifacts need a folder"):
+        LocalStore(file).check()
