@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +23,13 @@ class Piece:
     """Index of the first entry in the flattened tensor."""
     total: Callable[[torch.Tensor], torch.Tensor]
     """Adds up counts or sums over all pieces."""
+
+    def gathered(self, value: torch.Tensor) -> torch.Tensor:
+        """The whole flattened tensor, given this piece's entries, (n,). No gradient flows through it."""
+        count = int(self.total(torch.tensor(value.numel(), device=value.device)))
+        whole = torch.zeros(count, dtype=value.dtype, device=value.device)
+        whole[self.start : self.start + value.numel()] = value.detach()
+        return self.total(whole)
 
 
 WHOLE = Piece(0, lambda counts: counts)
@@ -138,6 +144,11 @@ def at_least(value: torch.Tensor, threshold: float) -> torch.Tensor:
     return out
 
 
+def between(value: torch.Tensor, lowest: float, largest: float) -> torch.Tensor:
+    """The entries whose magnitude is from `lowest` to `largest`, both included; the others become zero."""
+    return torch.where(value.detach().abs() <= largest, at_least(value, lowest), 0.0)
+
+
 def thresholds_of(
     scores: Mapping[str, torch.Tensor], ranks: Mapping[str, Sequence[int]], piece: Piece = WHOLE
 ) -> dict[str, tuple[float, ...]]:
@@ -145,11 +156,10 @@ def thresholds_of(
 
     Args:
         scores: name -> values of this piece, any shape; their magnitudes count.
-        ranks: name -> ranks from 1, the largest; rank 0 gives inf, above all values.
+        ranks: name -> ranks from 1, the largest.
     """
     return {
-        name: tuple(magnitude_threshold(scores[name], rank, piece) if rank else math.inf for rank in wanted)
-        for name, wanted in ranks.items()
+        name: tuple(magnitude_threshold(scores[name], rank, piece) for rank in wanted) for name, wanted in ranks.items()
     }
 
 

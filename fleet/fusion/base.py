@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fleet.core.errors import ManifestError
+from fleet.core.identity import Json
 from fleet.fusion.place import Place, Schedule, at
 
 if TYPE_CHECKING:
@@ -55,13 +56,18 @@ CompiledMerge: TypeAlias = "Callable[[torch.Tensor, int], None]"
 entry's index in the flattened tensor; writes the fused weights to the last row."""
 
 Thresholds = Mapping[str, Sequence[float]]
-"""Score -> the values of its ranks, in their order; inf for rank 0."""
+"""Score -> the values of its ranks, in their order."""
 
 
 class FusionMethod(BaseModel):
     """Parameters every fusion method has; a subclass per file, all listed in `fleet.fusion`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    revision: ClassVar[int] = 1
+    """Raised when a method comes to fuse the same models into other bytes: what it made before is then made anew."""
+    gradient_revision: ClassVar[int] = 1
+    """Raised when only its gradient changes: masks that were learned through it are then learned anew."""
 
     weights: Mapping[str, Schedule] = Field(default_factory=dict)
     """Model name -> its relative weight, or a schedule of it; 1 for a model that isn't named."""
@@ -78,6 +84,16 @@ class FusionMethod(BaseModel):
 
     def weight(self, model: str, place: Place) -> float:
         return at(self.weights.get(model, 1.0), place)
+
+    def identity(self) -> dict[str, Json]:
+        """What decides the fused bytes. The first revision isn't told, so that keys from before there were any stay."""
+        told: dict[str, Json] = {"revision": self.revision} if self.revision > 1 else {}
+        return self.model_dump(mode="json") | told
+
+    def learning_identity(self) -> dict[str, Json]:
+        """What decides a mask that is learned through this fusion; not what it is written as."""
+        told: dict[str, Json] = {"gradient": self.gradient_revision} if self.gradient_revision > 1 else {}
+        return {name: value for name, value in self.identity().items() if name != "output"} | told
 
     # -- what a method is ----------------------------------------------------------------------------------------
 

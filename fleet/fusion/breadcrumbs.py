@@ -2,14 +2,16 @@
 
 Source: Davari and Belilovsky, "Model breadcrumbs", arXiv 2312.06795, §3. By magnitude, the largest entries, a share
 `outliers`, are left out, and the next, a share `density`, stay; fewer outliers are left out if otherwise too few
-entries would stay. Defaults are mergekit's, 1 % outliers; with `consensus: sum` this is mergekit's `breadcrumbs_ties`.
-The result is a full model.
+entries would stay. At least one entry stays. Entries of equal magnitude go together: those that reach into what is to
+stay all stay, from both sides. So of n entries at most round(outliers · n) are left out above, and at least
+round(density · n) stay, however many tie; a task vector of differences of bfloat16 has few magnitudes. Defaults are
+mergekit's, 1 % outliers; with `consensus: sum` this is mergekit's `breadcrumbs_ties`. The result is a full model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 class Breadcrumbs(SparseFusion):
     """Parameters of model breadcrumbs."""
 
+    revision: ClassVar[int] = 2
+
     method: Literal["breadcrumbs"]
     density: PerModel[Share] = 0.9
     """The share of a task vector's entries that stay: for all models, or by model, 1 for one that isn't named."""
@@ -31,18 +35,15 @@ class Breadcrumbs(SparseFusion):
     """γ: the share of entries, the largest ones, that are left out."""
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
+        """The ranks of the smallest entry that stays and of the largest."""
         found: dict[str, tuple[int, int]] = {}
         for name in models:
-            count = round(at_model(self.density, name, place, 1.0) * size)
-            largest = min(round(self.outliers * size), size - count)
-            found[name] = (largest + count, largest)
+            count = max(round(at_model(self.density, name, place, 1.0) * size), 1)
+            left_out = min(round(self.outliers * size), size - count)
+            found[name] = (left_out + count, left_out + 1)
         return found
 
     def sparse(self, entries: Entries, thresholds: Thresholds) -> list[torch.Tensor]:
-        from fleet.algebra.sparsify import at_least
+        from fleet.algebra.sparsify import between
 
-        found: list[torch.Tensor] = []
-        for name, value in entries.values.items():
-            lowest, largest = thresholds[name]
-            found.append(at_least(value, lowest) - at_least(value, largest))
-        return found
+        return [between(value, *thresholds[name]) for name, value in entries.values.items()]

@@ -16,21 +16,27 @@ it. After the drop a sign is elected, as in TIES (`consensus: sum`); with `conse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fleet.fusion.base import Entries, Thresholds
+from fleet.fusion.place import Place
 from fleet.fusion.sparse import PerModel, Share, SparseFusion, at_model, numbers_of, values_of
 
 if TYPE_CHECKING:
     import torch
+
+    from fleet.algebra.delta import Delta
+    from fleet.algebra.sparsify import Piece
 
 _ROUNDING = 1e-9
 
 
 class Della(SparseFusion):
     """Parameters of DELLA."""
+
+    gradient_revision: ClassVar[int] = 2
 
     method: Literal["della"]
     density: PerModel[Share] = 0.7
@@ -52,6 +58,29 @@ class Della(SparseFusion):
                 f"{min(numbers):g} to {max(numbers):g} and an epsilon of {self.epsilon:g}"
             )
         return self
+
+    def fuse(
+        self,
+        deltas: Mapping[str, Delta],
+        weights: Mapping[str, float],
+        place: Place,
+        piece: Piece,
+        thresholds: Thresholds | None = None,
+        curvature: Mapping[str, torch.Tensor] | None = None,
+    ) -> Delta:
+        from fleet.algebra.delta import Dense
+        from fleet.algebra.sparsify import WHOLE
+
+        if any(len(delta.shape) != 1 for delta in deltas.values()):
+            return super().fuse(deltas, weights, place, piece, thresholds)
+        # A tensor with one axis is one row, of which a piece may have a part only; ranks are those of the whole row.
+        rows: dict[str, Delta] = {}
+        own = slice(piece.start, piece.start + next(iter(deltas.values())).shape[0])
+        for name, delta in deltas.items():
+            row = piece.gathered(delta.dense())
+            row[own] = delta.dense()
+            rows[name] = Dense(row)
+        return Dense(super().fuse(rows, weights, place, WHOLE).dense()[own])
 
     def sparse(self, entries: Entries, thresholds: Thresholds) -> list[torch.Tensor]:
         from fleet.algebra.noise import noise_key, uniform

@@ -294,14 +294,13 @@ class _Tensor:
             return thresholds_of({name: torch.cat([scores[name] for scores in runs]) for name in ranks}, ranks)
         sample = {name: _thinned(score, SAMPLE_ENTRIES) for name, score in method.scores(self.sample()).items()}
         searches = {
-            name: [RankSearch(rank, self.size, sample[name]) if rank else None for rank in wanted]
-            for name, wanted in ranks.items()
+            name: [RankSearch(rank, self.size, sample[name]) for rank in wanted] for name, wanted in ranks.items()
         }
-        pending = [(name, search) for name, found in searches.items() for search in found if search is not None]
+        pending = [(name, search) for name, found in searches.items() for search in found]
         while pending:
             self.count([(name, search.window) for name, search in pending], method)
             pending = [(name, search) for name, search in pending if not search.finish_pass()]
-        return {name: [math.inf if s is None else s.value for s in found] for name, found in searches.items()}
+        return {name: [search.value for search in found] for name, found in searches.items()}
 
     def count(self, counts: Sequence[tuple[str, WindowCounts]], method: AnyFusionMethod | None = None) -> None:
         """Add all entries of each score to its counts; without a method, a score is a model's task vector."""

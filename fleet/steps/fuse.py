@@ -13,7 +13,7 @@ from fleet.fusion import AnyFusionMethod
 from fleet.fusion.member import Member, fused_rank
 from fleet.fusion.place import places
 from fleet.steps.base import Step, UnitList, Walk, WeightsStep, unit_per_shard
-from fleet.steps.context import PlanContext, literals
+from fleet.steps.context import PlanContext
 from fleet.steps.record import Result
 from fleet.steps.sources import CurvatureSource, Source, Weights
 from fleet.steps.survey import SurveyStep
@@ -63,7 +63,7 @@ class FuseStep(WeightsStep):
         aligned = context.bases.aligned
         tensors = tuple(sorted({tensor for m in members.values() for tensor in m.tensors}))
         curvature = _curvature(context, name, method, members, tensors)
-        spec: dict[str, Json] = {"method": literals(method), "models": [*members]}
+        spec: dict[str, Json] = {"method": method.identity(), "models": [*members]}
         size = written_size(context, tensors, largest_rank(method, members), as_lora)
         inputs = {"aligned": aligned.identity}
         inputs |= {n: m.identity for n, m in members.items() if isinstance(m, Source)}

@@ -127,7 +127,7 @@ class MaskStep(Step):
         spec = method.mask_identity()
         spec["models"] = [*members]
         if fusion is not None:
-            spec["fusion"] = fusion.model_dump(mode="json", exclude={"output"})
+            spec["fusion"] = fusion.learning_identity()
             spec["shared"] = method.shared
         inputs = {"aligned": aligned.identity} | {f"model.{m}": s.identity for m, s in members.items()}
         inputs |= {f"prompts.{m}": texts.identity for m, texts in prompts.items()}

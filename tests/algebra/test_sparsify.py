@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
 import hypothesis.strategies as st
 import pytest
@@ -13,11 +10,10 @@ from hypothesis import given, settings
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.random_edits import named_generator
 from fleet.algebra.sparsify import Piece, dropped, magnitude_threshold, ties, trimmed
+from tests.pieces import in_pieces
 
 SEEDS = st.integers(0, 2**31)
 MAGNITUDES = st.floats(0.0, width=32, allow_infinity=True) | st.sampled_from([0.0, 1e-45, 1e-40, 1.0, 1.0000001, 3e38])
-
-_T = TypeVar("_T")
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -164,29 +160,6 @@ def test_magnitude_threshold_tells_neighbours_apart() -> None:
     magnitude = torch.stack(values)
     for count in (1, 2, 4463, 4465, 35_000, 70_001):
         assert magnitude_threshold(magnitude, count) == float(magnitude[-count])
-
-
-def in_pieces(sizes: Sequence[int], work: Callable[[slice, Piece], _T]) -> list[_T]:
-    """What workers that hold these many entries each compute together, their counts added up between them."""
-    barrier, counts = threading.Barrier(len(sizes)), dict[int, torch.Tensor]()
-
-    def total(rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def add(mine: torch.Tensor) -> torch.Tensor:
-            counts[rank] = mine
-            barrier.wait()
-            found = torch.stack([counts[i] for i in range(len(sizes))]).sum(dim=0)
-            barrier.wait()
-            return found
-
-        return add
-
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    with ThreadPoolExecutor(len(sizes)) as pool:
-        return list(
-            pool.map(
-                lambda i: work(slice(starts[i], starts[i] + sizes[i]), Piece(starts[i], total(i))), range(len(sizes))
-            )
-        )
 
 
 @settings(deadline=None, max_examples=60)

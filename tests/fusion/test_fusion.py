@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from pydantic import TypeAdapter, ValidationError
 
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.noise import noise_key, uniform
 from fleet.algebra.sparsify import WHOLE, Piece
 from fleet.core.errors import ManifestError
-from fleet.fusion import AnyFusionMethod, Breadcrumbs, Dare, FusionMethod, TaskArithmetic, Ties, WeightAverage
+from fleet.fusion import AnyFusionMethod, Breadcrumbs, Dare, Della, FusionMethod, TaskArithmetic, Ties, WeightAverage
 from fleet.fusion.place import Place
 
 METHODS = (
@@ -37,6 +39,16 @@ def test_fusion_defaults_are_somfs() -> None:
     ties, dare = METHODS[2], METHODS[3]
     assert isinstance(ties, Ties) and (ties.density, ties.consensus, ties.scale) == (0.2, "sum", 0.4)
     assert isinstance(dare, Dare) and (dare.drop_rate, dare.scale, dare.seed) == (0.2, 0.3, 0)
+
+
+def test_fusion_identity_tells_of_what_was_made_anew_and_only_then() -> None:
+    """A key from before there were revisions stays what it was."""
+    plain, again = WeightAverage(method="weight_average"), Breadcrumbs(method="breadcrumbs")
+    assert plain.identity() == plain.model_dump(mode="json")
+    assert again.identity() == again.model_dump(mode="json") | {"revision": 2}
+    learned = Della(method="della").learning_identity()
+    assert learned["gradient"] == 2 and "output" not in learned
+    assert "gradient" not in plain.learning_identity()
 
 
 def test_fusion_linear_methods_say_so() -> None:
@@ -137,6 +149,45 @@ def test_breadcrumbs_density_by_model_by_hand_and_what_is_to_stay_comes_before_o
     assert alone(method, "c") == [8.0, 4.0, -2.0, 1.0]
     few = Breadcrumbs(method="breadcrumbs", density=0.25, outliers=0.25)
     assert alone(few, "a") == [0.0, 4.0, 0.0, 0.0]
+
+
+def test_breadcrumbs_of_128_equal_entries_keeps_them() -> None:
+    """115 are asked for, and at most one may be left out above: entries of equal magnitude go together."""
+    value = torch.full((128,), 0.5) * torch.tensor([1.0, -1.0]).repeat(64)
+    assert torch.equal(fused(Breadcrumbs(method="breadcrumbs"), {"a": Dense(value)}), value)
+
+
+def test_breadcrumbs_leaves_tied_entries_in_from_both_sides_by_hand() -> None:
+    value = torch.tensor([4.0, -3.0, 3.0, 2.0, 2.0, 2.0, -1.0, 1.0, 0.0, 0.0])
+    method = Breadcrumbs(method="breadcrumbs", density=0.3, outliers=0.2)
+    # Ranks 3 to 5 are to stay, from 3 down to 2. Of the largest two, one is tied with the third.
+    expected = torch.tensor([0.0, -3.0, 3.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
+    assert torch.equal(fused(method, {"a": Dense(value)}), expected)
+
+
+FEW_MAGNITUDES = st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 3.0]), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(FEW_MAGNITUDES, st.floats(0.001, 1.0), st.floats(0.0, 0.99))
+def test_breadcrumbs_counts_hold_however_many_entries_tie(values: list[float], density: float, share: float) -> None:
+    value = torch.tensor(values)
+    found = fused(Breadcrumbs(method="breadcrumbs", density=density, outliers=share), {"a": Dense(value)})
+    zeros = int((value == 0.0).sum())
+    assert int((found != 0.0).sum()) + zeros >= max(round(density * len(values)), 1)
+    largest = float(found.abs().max())
+    above = int((value.abs() > largest).sum()) if largest else 0
+    assert above <= round(share * len(values))
+    assert bool(((found == value) | (found == 0.0)).all())
+
+
+@pytest.mark.parametrize("density", [1e-6, 1.0])
+@pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.0, 0.0, 0.0], [0.0, -1.0]])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_trims_keep_the_largest_entry_of_the_smallest_tensor(method: str, values: list[float], density: float) -> None:
+    given = {"method": method, "density": density, "consensus": "none", "scale": 1.0}
+    found = fused(TypeAdapter(AnyFusionMethod).validate_python(given), {"a": Dense(torch.tensor(values))})
+    assert torch.equal(found, torch.tensor(values))
 
 
 def test_dare_drop_rate_by_model_and_by_place_is_that_of_one_rate() -> None:

@@ -17,6 +17,7 @@ from fleet.algebra.sparsify import WHOLE, Piece, thresholds_of
 from fleet.core.errors import ManifestError
 from fleet.fusion import (
     AnyFusionMethod,
+    Breadcrumbs,
     Consensus,
     Della,
     Iso,
@@ -31,6 +32,7 @@ from fleet.fusion import (
 from fleet.fusion.base import Entries
 from fleet.fusion.gram import GramFusion
 from fleet.fusion.place import Place
+from tests.pieces import in_pieces
 
 PLACE = Place("model.layers.1.q.weight", 0.5)
 GRAM = (MultiSlerp(method="multi_slerp"), Karcher(method="karcher"), ModelStock(method="model_stock"))
@@ -171,6 +173,20 @@ def test_entrywise_methods_over_runs_of_rows_are_the_whole(
     for run in runs:
         found = method.combine(entries(run), weights, thresholds, sums)
         assert_same(found, whole[run.start : run.stop].reshape(-1), 1e-6 * math.sqrt(rows))
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (9,)])
+@pytest.mark.parametrize("method", [*GRAM, *SPARSE, Breadcrumbs(method="breadcrumbs", density=0.5, outliers=0.2)])
+def test_entrywise_methods_of_pieces_are_the_wholes_rows(method: AnyFusionMethod, shape: tuple[int, ...]) -> None:
+    """Of few magnitudes, so that many entries tie; of a vector too, which workers share entry by entry."""
+    deltas = {n: Dense(d.dense().round()) for n, d in dense(3, 2, *shape).items()}
+    weights = method.coefficients([*deltas], PLACE)
+
+    def work(rows: slice, piece: Piece) -> torch.Tensor:
+        return method.fuse({n: Dense(d.value[rows]) for n, d in deltas.items()}, weights, PLACE, piece).dense()
+
+    found = in_pieces((4, 5, 0), work, math.prod(shape[1:]))
+    assert_same(torch.cat(found), fused(method, deltas).double(), 1e-6)
 
 
 @pytest.mark.parametrize("method", [*GRAM, *SPARSE])
