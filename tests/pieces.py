@@ -1,17 +1,28 @@
-"""Workers that share a tensor, as threads: their counts and sums are added up between them."""
+"""Workers that share a tensor, as threads: their counts and sums are added up between them, and so are gradients."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from fleet.algebra.sparsify import Piece
 
 _T = TypeVar("_T")
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, add: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.add = add
+        return add(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.add(gradients[0]), None
 
 
 def in_pieces(sizes: Sequence[int], work: Callable[[slice, Piece], _T], columns: int = 1) -> list[_T]:
@@ -25,13 +36,13 @@ def in_pieces(sizes: Sequence[int], work: Callable[[slice, Piece], _T], columns:
 
     def total(rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def add(mine: torch.Tensor) -> torch.Tensor:
-            counts[rank] = mine
+            counts[rank] = mine.detach()
             barrier.wait()
             found = torch.stack([counts[i] for i in range(len(sizes))]).sum(dim=0)
             barrier.wait()
             return found
 
-        return add
+        return lambda mine: _Total.apply(mine, add)  # pyright: ignore[reportUnknownMemberType, reportReturnType] - torch leaves it untyped
 
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
 

@@ -32,7 +32,7 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def scaled(self, factor: float) -> LowRank:
+    def scaled(self, factor: float | torch.Tensor) -> LowRank:
         return LowRank(self.b * factor, self.a)
 
     def plus(self, other: Delta) -> Delta:
@@ -83,7 +83,7 @@ class Dense:
     def shape(self) -> torch.Size:
         return self.value.shape
 
-    def scaled(self, factor: float) -> Dense:
+    def scaled(self, factor: float | torch.Tensor) -> Dense:
         return Dense(self.value * factor)
 
     def plus(self, other: Delta) -> Dense:

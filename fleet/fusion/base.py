@@ -55,6 +55,9 @@ CompiledMerge: TypeAlias = "Callable[[torch.Tensor, int], None]"
 """Takes rows (M + 2, n) bfloat16, which are the aligned model, the M others and one for the result, and the first
 entry's index in the flattened tensor; writes the fused weights to the last row."""
 
+Coefficient: TypeAlias = "float | torch.Tensor"
+"""A factor on a task vector: a number, or a scalar that is to be differentiated."""
+
 Thresholds = Mapping[str, Sequence[float]]
 """Score -> the values of its ranks, in their order."""
 
@@ -152,13 +155,19 @@ class FusionMethod(BaseModel):
         return {name: value.detach() for name, value in entries.values.items()}
 
     def terms(self, entries: Entries, thresholds: Thresholds) -> torch.Tensor | None:
-        """These entries' part of the sums, float64 of any shape; None if the method needs no sums."""
+        """These entries' part of the sums, float64 of any shape; None if the method needs no sums.
+
+        Differentiable in the task vectors, where `combine` is in the sums.
+        """
         return None
 
     def combine(
         self, entries: Entries, weights: Mapping[str, float], thresholds: Thresholds, sums: torch.Tensor | None
     ) -> torch.Tensor:
-        """The fused task vector, (n,) float32; by default Σ_t λ_t τ_t. Differentiable in the task vectors.
+        """The fused task vector, (n,) float32; by default Σ_t λ_t τ_t. Differentiable in the task vectors and the sums.
+
+        Which entries are selected, by a rank, a sign or a count, is locally constant: it is taken from detached values,
+        and has no gradient of its own.
 
         Args:
             entries: with at least one model's task vector.
@@ -185,7 +194,7 @@ class FusionMethod(BaseModel):
         thresholds: Thresholds | None = None,
         curvature: Mapping[str, torch.Tensor] | None = None,
     ) -> Delta:
-        """One tensor's fused task vector. Differentiable in the task vectors.
+        """One tensor's fused task vector. Differentiable in the task vectors, if `piece` sums differentiably.
 
         Args:
             deltas: model -> its task vector, in the manifest's order, each (d_out, d_in) or a tensor's own shape. A
@@ -232,7 +241,7 @@ def shares(weights: Mapping[str, float], place: Place) -> dict[str, float]:
     return {model: weight / total for model, weight in weights.items()}
 
 
-def linear_combination(deltas: Mapping[str, Delta], weights: Mapping[str, float]) -> Delta:
+def linear_combination(deltas: Mapping[str, Delta], weights: Mapping[str, Coefficient]) -> Delta:
     """Σ_t λ_t τ_t, for LoRAs by concatenation. Added up in the order given, so rounding never varies."""
     (first, *others) = deltas
     total = deltas[first].scaled(weights[first])
@@ -241,7 +250,7 @@ def linear_combination(deltas: Mapping[str, Delta], weights: Mapping[str, float]
     return total
 
 
-def weighted_sum(values: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+def weighted_sum(values: Mapping[str, torch.Tensor], weights: Mapping[str, Coefficient]) -> torch.Tensor:
     """Σ_t λ_t v_t, in the order given."""
     total: Any = None
     for name, value in values.items():

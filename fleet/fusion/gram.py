@@ -3,28 +3,30 @@
 Lengths and angles of the task vectors, and so everything in their span, follow from the T×T matrix of ⟨τ_s, τ_t⟩ over
 one tensor. For LoRAs it comes from the factors, ⟨B_sA_s, B_tA_t⟩ = tr((B_sᵀB_t)(A_tA_sᵀ)), and their fusion is again a
 LoRA (`methods.md` §8.1 and §8.4). All of this is computed in float64: inner products square the condition number.
+
+A mask that is learned through such a fusion moves c, too, so c is differentiated with the task vectors: through the
+inner products, summed over all workers that share the tensor, and through `mix`, iterations and all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from fleet.fusion.base import Entries, FusionMethod, Thresholds, linear_combination, shares, weighted_sum
+from fleet.fusion.base import Coefficient, Entries, FusionMethod, Thresholds, linear_combination, shares, weighted_sum
 from fleet.fusion.place import Place
 
 if TYPE_CHECKING:
     import torch
 
-    from fleet.algebra.delta import Delta, LowRank
+    from fleet.algebra.delta import Delta
     from fleet.algebra.sparsify import Piece
-
-_CHUNK = 1 << 17
-"""How many entries of each model are in float64 at once."""
 
 
 class GramFusion(FusionMethod):
     """Parameters of the methods that mix whole task vectors by their lengths and angles."""
+
+    gradient_revision: ClassVar[int] = 2
 
     @property
     def is_linear(self) -> bool:
@@ -36,6 +38,8 @@ class GramFusion(FusionMethod):
 
     def mix(self, gram: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """c, the coefficients of the task vectors: (T,) float64, finite even if some or all task vectors are zero.
+
+        Differentiable in the inner products, with finite gradients; what it decides by them is locally constant.
 
         Args:
             gram: ⟨τ_s, τ_t⟩ of all models of the variant, in the manifest's order, (T, T) float64. A model that leaves
@@ -54,18 +58,14 @@ class GramFusion(FusionMethod):
 
     def terms(self, entries: Entries, thresholds: Thresholds) -> torch.Tensor:
         """The Gram matrix of the models that have a task vector here: (T, T) float64."""
-        import torch
+        from fleet.algebra.grams import gram
 
-        from fleet.algebra.products import product
-
-        chunks = zip(*(torch.split(value.detach(), _CHUNK) for value in entries.values.values()), strict=True)
-        stacks = (torch.stack(chunk).double() for chunk in chunks)
-        return torch.stack([product(stack, stack.T) for stack in stacks]).sum(dim=0)
+        return gram([*entries.values.values()])
 
     def combine(
         self, entries: Entries, weights: Mapping[str, float], thresholds: Thresholds, sums: torch.Tensor | None
     ) -> torch.Tensor:
-        """Σ_t c_t τ_t, (n,) float32. Differentiable in the task vectors, c held constant."""
+        """Σ_t c_t τ_t, (n,) float32. Differentiable in the task vectors and in the sums."""
         assert sums is not None
         return weighted_sum(entries.values, self._mixed([*entries.values], weights, sums))
 
@@ -79,14 +79,18 @@ class GramFusion(FusionMethod):
         curvature: Mapping[str, torch.Tensor] | None = None,
     ) -> Delta:
         from fleet.algebra.delta import LowRank
+        from fleet.algebra.grams import gram_of_factors
 
         factors = {name: delta for name, delta in deltas.items() if isinstance(delta, LowRank)}
         if len(factors) < len(deltas):
             return super().fuse(deltas, weights, place, piece, thresholds)
-        gram = piece.total(_gram_of_factors([*factors.values()]))
+        gram = piece.total(gram_of_factors([*factors.values()]))
         return linear_combination(deltas, self._mixed([*deltas], weights, gram))
 
-    def _mixed(self, present: Sequence[str], weights: Mapping[str, float], gram: torch.Tensor) -> dict[str, float]:
+    def _mixed(
+        self, present: Sequence[str], weights: Mapping[str, float], gram: torch.Tensor
+    ) -> dict[str, Coefficient]:
+        """Model -> c_t: numbers, or scalars to differentiate."""
         import torch
 
         names = [*weights]
@@ -94,24 +98,20 @@ class GramFusion(FusionMethod):
         whole = torch.zeros(len(names), len(names), dtype=torch.float64)
         whole[at[:, None], at] = gram.cpu()
         shares = torch.tensor([*weights.values()], dtype=torch.float64)
-        return dict(zip(names, map(float, self.mix(whole, shares)), strict=True))
+        mixed = self.mix(whole, shares)
+        return dict(zip(names, mixed.unbind() if mixed.requires_grad else map(float, mixed), strict=True))
 
 
 def lengths(gram: torch.Tensor) -> torch.Tensor:
-    """‖τ_t‖: (T,) float64."""
-    return gram.diagonal().clamp(min=0.0).sqrt()
-
-
-def _gram_of_factors(factors_M: Sequence[LowRank]) -> torch.Tensor:
-    """⟨B_sA_s, B_tA_t⟩: (T, T) float64."""
+    """‖τ_t‖: (T,) float64. Where it is zero, so is its gradient, which has no limit there."""
     import torch
 
-    from fleet.algebra.products import product
+    squares = gram.diagonal()
+    return torch.where(squares > 0.0, torch.where(squares > 0.0, squares, 1.0).sqrt(), 0.0)
 
-    b_M = [factors.b.detach().double() for factors in factors_M]
-    a_M = [factors.a.detach().double() for factors in factors_M]
-    pairs = [
-        [(product(b.T, d) * product(a, c.T)).sum() for d, c in zip(b_M, a_M, strict=True)]
-        for b, a in zip(b_M, a_M, strict=True)
-    ]
-    return torch.stack([torch.stack(row) for row in pairs])
+
+def cosines(gram: torch.Tensor, norms: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """cos of the angles between the task vectors that are `used`, (T,) bool, none of which is zero: float64."""
+    import torch
+
+    return gram[used][:, used] / torch.outer(norms[used], norms[used])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fleet.fusion.gram import GramFusion, lengths
+from fleet.fusion.gram import GramFusion, cosines, lengths
 
 if TYPE_CHECKING:
     import torch
@@ -59,20 +59,21 @@ def spherical_mean(gram: torch.Tensor, shares: torch.Tensor, max_steps: int, tol
     used = (norms > 0.0) & (shares > 0.0)
     if not used.any():
         return shares
-    cosines = (gram / torch.outer(norms, norms))[used][:, used]
+    between = cosines(gram, norms, used)
     parts = shares[used] / shares[used].sum()
 
     def length(vector: torch.Tensor) -> torch.Tensor:
-        return dot(product(cosines, vector), vector).clamp(min=0.0).sqrt()
+        return dot(product(between, vector), vector).clamp(min=0.0).sqrt()
 
     if length(parts) <= _CANCELLED:
         return shares
     mean = parts / length(parts)
     for _ in range(max_steps):
-        dots = product(cosines, mean).clamp(-1.0, 1.0)
-        angles = torch.arccos(dots)
-        sines = torch.sin(angles)
-        pulls = parts * torch.where(sines > _FLAT, angles / sines, 1.0)
+        dots = product(between, mean).clamp(-1.0, 1.0)
+        # Where an angle is flat its pull is 1, a constant, and a derivative of arccos there wouldn't be finite.
+        bent = torch.sin(torch.arccos(dots)) > _FLAT
+        angles = torch.arccos(torch.where(bent, dots, 0.0))
+        pulls = parts * torch.where(bent, angles / torch.sin(angles), 1.0)
         tangent = pulls - dot(pulls, dots) * mean
         step = length(tangent)
         if step <= tolerance:

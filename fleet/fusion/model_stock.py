@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fleet.fusion.gram import GramFusion, lengths
+from fleet.fusion.gram import GramFusion, cosines, lengths
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,11 @@ class ModelStock(GramFusion):
     method: Literal["model_stock"]
 
     def mix(self, gram: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        import torch
-
         norms = lengths(gram)
         used = (norms > 0.0) & (shares > 0.0)
         count = int(used.sum())
         if count < 2:
             return shares
-        cosines = (gram / torch.outer(norms, norms))[used][:, used]
-        cosine = float(cosines.sum() - cosines.trace()) / (count * (count - 1))
+        pairs = cosines(gram, norms, used)
+        cosine = (pairs.sum() - pairs.trace()) / (count * (count - 1))
         return shares * (count * cosine / (1.0 + (count - 1) * cosine) if cosine > 0.0 else 0.0)

@@ -10,12 +10,15 @@ The variance is the population's, over the models that have a task vector in the
 count. Entries at the threshold all stay. An entry whose sum is zero has no sign, and becomes zero. mergekit's
 `select_topk` is a share of the entries with a variance over zero, and its zero sums are positive. Defaults are
 mergekit's: all entries, equal w. The result is a full model.
+
+Where a mask is learned through the fusion, what is selected and which signs agree is locally constant; the shares c_t
+are not, and are differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fleet.fusion.base import Entries, FusionMethod, Thresholds
 from fleet.fusion.place import Place, at
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 class Sce(FusionMethod):
     """Parameters of SCE."""
+
+    gradient_revision: ClassVar[int] = 2
 
     method: Literal["sce"]
     select: Share = 1.0
@@ -49,11 +54,10 @@ class Sce(FusionMethod):
         return {"variance": sum_of([(value - mean).square() for value in values_M]) / len(values_M)}
 
     def terms(self, entries: Entries, thresholds: Thresholds) -> torch.Tensor:
-        """Σ_i τ_ti² over the selected entries: (T,) float64."""
-        import torch
+        """Σ_i τ_ti² over the selected entries: (T,) float64. Differentiable."""
+        from fleet.algebra.grams import squares
 
-        selected_M = self._selected(entries, thresholds)
-        return torch.stack([value.detach().double().square().sum() for value in selected_M])
+        return squares(self._selected(entries, thresholds))
 
     def combine(
         self, entries: Entries, weights: Mapping[str, float], thresholds: Thresholds, sums: torch.Tensor | None
@@ -63,7 +67,7 @@ class Sce(FusionMethod):
         from fleet.algebra.sparsify import sum_of
 
         assert sums is not None
-        shares_M = [float(share) for share in sums / sums.sum().clamp(min=torch.finfo(sums.dtype).tiny)]
+        shares_M = (sums / sums.sum().clamp(min=torch.finfo(sums.dtype).tiny)).unbind()
         weights_M = [weights[name] for name in entries.values]
         values_M = [v * w for v, w in zip(self._selected(entries, thresholds), weights_M, strict=True)]
         sign = torch.sign(sum_of([value.detach() for value in values_M]))
@@ -71,7 +75,7 @@ class Sce(FusionMethod):
         for value, weight, share in zip(values_M, weights_M, shares_M, strict=True):
             agrees = value.detach() * sign > 0.0
             total = total + torch.where(agrees, value, 0.0) * share
-            divisor.add_(agrees, alpha=abs(weight) * share)
+            divisor = divisor + agrees.to(sign.dtype) * (share * abs(weight))
         return total / torch.where(divisor > 0.0, divisor, 1.0)
 
     def _selected(self, entries: Entries, thresholds: Thresholds) -> list[torch.Tensor]:

@@ -65,16 +65,33 @@ class Group:
     """None for one worker alone: nothing is sharded."""
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all workers."""
-        if self.mesh is not None:
-            value = value.clone()
-            dist.all_reduce(value)  # pyright: ignore[reportUnknownMemberType] - torch leaves its group untyped
-        return value
+        """The sum over all workers. Differentiable; all workers have to take the gradient then."""
+        if self.mesh is None:
+            return value
+        apply = cast("Callable[[torch.Tensor], torch.Tensor]", _Total.apply)  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
+        return apply(value)
 
     def rows(self, count: int) -> slice:
         """This worker's rows of a tensor with `count` rows, cut as FSDP2 does: even pieces, rounded up."""
         size = math.ceil(count / self.size)
         return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all workers, on each of them.
+
+    Every worker's loss depends on the sum, so the gradient of each summand is the sum of all workers' gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)  # pyright: ignore[reportUnknownMemberType] - torch leaves its group untyped
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return _Total.forward(ctx, gradients[0])
 
 
 ALONE = Group(0, 1, None)
@@ -105,7 +122,7 @@ class Logits:
         return math.prod(self.part.shape)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over the whole part, given the sum over this worker's rows of it."""
+        """The sum over the whole part, given the sum over this worker's rows of it. Differentiable."""
         return self.group.total(value) if self.part.by_row else value
 
     def key(self, seed: int, step: int | None) -> NoiseKey | None:
@@ -556,7 +573,7 @@ class _FusedTensor(_MaskedTensor):
             scaled: dict[str, torch.Tensor] = {}
             for part, logits in self.masks[model].items():
                 value = values[logits.name]
-                mean = _whole_sum(value.sum(), logits) / logits.count
+                mean = logits.total(value.sum()) / logits.count
                 scaled[part] = value / floored(mean, logits.count)
             masked[model] = mask.masked(delta, scaled, self.origin)
         if self.fusion is None:
@@ -564,27 +581,6 @@ class _FusedTensor(_MaskedTensor):
         else:
             fused = self.fusion.fuse(masked, self.coefficients, self.place, self.piece)
         return self.weight.base.float() + fused.dense()
-
-
-class _WholeSum(torch.autograd.Function):
-    """`Logits.total` as a function to differentiate.
-
-    Every worker's loss depends on the sum, so the gradient of each summand is the sum of all workers' gradients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, logits: Logits) -> torch.Tensor:
-        ctx.logits = logits
-        return logits.total(value)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.logits.total(gradients[0]), None
-
-
-def _whole_sum(value: torch.Tensor, logits: Logits) -> torch.Tensor:
-    apply = cast("Callable[[torch.Tensor, Logits], torch.Tensor]", _WholeSum.apply)  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
-    return apply(value, logits)
 
 
 def _shape_only(shape: tuple[int, ...]) -> Dense:

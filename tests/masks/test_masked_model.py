@@ -26,7 +26,7 @@ from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model, read_model, require_full_model
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_weight
 from fleet.core.errors import CheckpointError
-from fleet.fusion import AnyFusionMethod, Dare, TaskArithmetic, Ties, WeightAverage
+from fleet.fusion import AnyFusionMethod, Dare, Karcher, Sce, TaskArithmetic, Ties, WeightAverage
 from fleet.fusion.place import places
 from fleet.masks.learned import open_mask
 from fleet.masks.masked_model import ALONE, Group, MaskedMember, MaskedModel
@@ -82,12 +82,14 @@ FLEETS: dict[str, Case] = {
     "ties-dense": Case("dense", ("lora", "full"), Ties(method="ties", density=0.5), APART),
     "ties-shared": Case("dense", ("lora", "rslora", "full"), Ties(method="ties", density=0.5)),
     "dare-dense": Case("dense", ("rslora", "lora"), Dare(method="dare", drop_rate=0.3), APART),
+    "sce-dense": Case("dense", ("lora", "full"), Sce(method="sce"), APART),
+    "karcher-rank": Case("rank", ("lora", "rslora"), Karcher(method="karcher"), APART),
 }
 SHARDED = {
     name: (CASES | FLEETS)[name]
     for name in (
         "full-dense", "full-rows", "lora-rank", "continued-factor", "average-dense", "ties-dense", "ties-shared",
-        "dare-dense",
+        "dare-dense", "sce-dense", "karcher-rank",
     )
 }  # fmt: skip
 
@@ -315,7 +317,8 @@ def test_written_member_and_aligned_are_the_models_as_they_came(root: Path) -> N
 def test_gradient_of_every_part_is_the_finite_difference(root: Path, name: str) -> None:
     """The loss's change when the steepest logit of a part moves, and when all of them do, each its own way.
 
-    All of them only where F is smooth: TIES' trim and signs are steps, which some of many logits would cross.
+    All of them only where F is smooth: TIES' trim, and its and SCE's signs, are steps, which some of many logits would
+    cross.
     """
     case = (CASES | FLEETS)[name]
     model = stirred(masked_model(root, case, dtype=torch.float64), 0.5)
@@ -328,7 +331,7 @@ def test_gradient_of_every_part_is_the_finite_difference(root: Path, name: str) 
         one = torch.zeros_like(gradient).flatten()
         one[gradient.abs().argmax()] = 1.0
         directions = [(one.view_as(gradient), 0.004)]
-        if not isinstance(case.fusion, Ties):
+        if not isinstance(case.fusion, (Ties, Sce)):
             every = torch.randn(gradient.shape, generator=generator)
             directions.append((every / every.norm(), 0.02))
         for direction, size in directions:
