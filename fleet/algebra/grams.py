@@ -41,6 +41,33 @@ def gram_of_factors(factors_M: Sequence[LowRank]) -> torch.Tensor:
     return torch.stack([torch.stack(row) for row in pairs])
 
 
+def row_grams(values_M: Sequence[torch.Tensor]) -> torch.Tensor:
+    """⟨row_s, row_t⟩ in every row of matrices (rows, columns), floating: (rows, T, T) float64."""
+    return torch.cat([_row_grams(chunk) for chunk in zip(*(_by_rows(v) for v in values_M), strict=True)])
+
+
+def row_grams_of_factors(factors_M: Sequence[LowRank]) -> torch.Tensor:
+    """The same of B_sA_s and B_tA_t, whose rows are b A: (d_out, T, T) float64."""
+    b_M = [factors.b.double() for factors in factors_M]
+    a_M = [factors.a.double() for factors in factors_M]
+    pairs = [
+        [(product(b, product(a, c.T)) * d).sum(dim=1) for d, c in zip(b_M, a_M, strict=True)]
+        for b, a in zip(b_M, a_M, strict=True)
+    ]
+    return torch.stack([torch.stack(row, dim=-1) for row in pairs], dim=-2)
+
+
+def _by_rows(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Runs of whole rows of about `_CHUNK` entries."""
+    return torch.split(value, max(_CHUNK // max(value.shape[1], 1), 1))
+
+
+def _row_grams(values_M: Sequence[torch.Tensor]) -> torch.Tensor:
+    wide_M = [value.double() for value in values_M]
+    pairs = [[(x * y).sum(dim=1) for y in wide_M] for x in wide_M]
+    return torch.stack([torch.stack(row, dim=-1) for row in pairs], dim=-2)
+
+
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *values_M: torch.Tensor) -> torch.Tensor:

@@ -60,14 +60,20 @@ class Drop:
     key: NoiseKey
     rate: float
     """p in [0, 1)."""
+    rescale: bool = True
+    """Whether they are divided by 1 − p; if not, they stay as they are."""
 
     def of(self, value: torch.Tensor, start: int) -> torch.Tensor:
         """What stays of entries [start, start + n), (n,). Differentiable in it."""
-        return kept(value, self.key, start, self.rate) / (1.0 - self.rate)
+        return kept(value, self.key, start, self.rate) / self._divisor
 
     def compiled(self, start: int) -> tuple[float, ...]:
         """This as a `CUT` of `fleet.algebra.kernels`, for entries from `start` on."""
-        return 0.0, *counters(self.key, start), limit_of(self.rate), 1.0 - self.rate
+        return 0.0, *counters(self.key, start), limit_of(self.rate), self._divisor
+
+    @property
+    def _divisor(self) -> float:
+        return 1.0 - self.rate if self.rescale else 1.0
 
 
 def merge_bfloat16(

@@ -16,6 +16,9 @@ from fleet.fusion.karcher import Karcher
 from fleet.fusion.knots import Knots
 from fleet.fusion.model_stock import ModelStock
 from fleet.fusion.multi_slerp import MultiSlerp
+from fleet.fusion.nearswap import NearSwap
+from fleet.fusion.nuslerp import NuSlerp
+from fleet.fusion.ram import Ram, RamPlusTl
 from fleet.fusion.regmean import RegMean
 from fleet.fusion.sce import Sce
 from fleet.fusion.slerp import Slerp
@@ -35,6 +38,7 @@ AnyFusionMethod = Annotated[
     | Sce
     | Slerp
     | MultiSlerp
+    | NuSlerp
     | Karcher
     | ModelStock
     | Knots
@@ -42,7 +46,10 @@ AnyFusionMethod = Annotated[
     | Iso
     | Fisher
     | RegMean
-    | ArceeFusion,
+    | ArceeFusion
+    | NearSwap
+    | Ram
+    | RamPlusTl,
     Field(discriminator="method"),
 ]
 """Every method a manifest may name, told apart by `method`."""
@@ -61,6 +68,10 @@ __all__ = [
     "Knots",
     "ModelStock",
     "MultiSlerp",
+    "NearSwap",
+    "NuSlerp",
+    "Ram",
+    "RamPlusTl",
     "RegMean",
     "Sce",
     "Slerp",

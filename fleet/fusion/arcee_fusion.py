@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from fleet.core.errors import ManifestError
-from fleet.fusion.base import Entries, FusionMethod, Thresholds
+from fleet.fusion.base import Entries, FusionMethod, Thresholds, pair, refuse_more_than_two
 from fleet.fusion.place import Place
 
 if TYPE_CHECKING:
@@ -58,11 +57,7 @@ class ArceeFusion(FusionMethod):
         Raises:
             ManifestError: there are more than two models.
         """
-        if len(models) > 2:
-            raise ManifestError(
-                f"arcee_fusion puts one model into another, not {len(models)} together ({', '.join(models)}); name one "
-                "or two in the variant's models"
-            )
+        refuse_more_than_two(self.method, models)
         return super().coefficients(models, place)
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
@@ -73,7 +68,7 @@ class ArceeFusion(FusionMethod):
         import torch
 
         assert entries.aligned is not None
-        first, second = _pair(entries)
+        first, second = pair(entries)
         shape = (-1, entries.columns)
         aligned = entries.aligned.double().view(shape)
         # In float64: between two fine-tunes, the divergence is a small difference of sums many times its size.
@@ -87,14 +82,5 @@ class ArceeFusion(FusionMethod):
         import torch
 
         lower, median, upper = thresholds["importance"]
-        first, second = _pair(entries)
+        first, second = pair(entries)
         return torch.where(self.scores(entries)["importance"] >= median + self.fence * (upper - lower), second, first)
-
-
-def _pair(entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
-    """The task vectors of θ_1 and θ_2; zero for the aligned model, and for one that leaves the tensor alone."""
-    import torch
-
-    nothing = torch.zeros_like(next(iter(entries.values.values())))
-    *first, second = (entries.values.get(name, nothing) for name in entries.models)
-    return (first[0] if first else nothing), second

@@ -154,6 +154,11 @@ class FusionMethod(BaseModel):
         """Score -> (n,) float32, whose magnitudes are ranked for thresholds; by default every model's τ_t."""
         return {name: value.detach() for name, value in entries.values.items()}
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether the method needs `terms` added up; by default if it has any."""
+        return type(self).terms is not FusionMethod.terms
+
     def terms(self, entries: Entries, thresholds: Thresholds) -> torch.Tensor | None:
         """These entries' part of the sums, float64 of any shape; None if the method needs no sums.
 
@@ -224,6 +229,30 @@ class FusionMethod(BaseModel):
         terms = self.terms(entries, thresholds)
         sums = None if terms is None else piece.total(terms)
         return Dense(self.combine(entries, weights, thresholds, sums).reshape(shape))
+
+
+def pair(entries: Entries) -> tuple[torch.Tensor, torch.Tensor]:
+    """The task vectors of two models, the aligned model being the first of a variant of one; zero where one has none.
+
+    For the methods that put one model, θ_2, into another, θ_1.
+    """
+    import torch
+
+    nothing = torch.zeros_like(next(iter(entries.values.values())))
+    *first, second = (entries.values.get(name, nothing) for name in entries.models)
+    return (first[0] if first else nothing), second
+
+
+def refuse_more_than_two(method: str, models: Sequence[str]) -> None:
+    """
+    Raises:
+        ManifestError: there are more than two models.
+    """
+    if len(models) > 2:
+        raise ManifestError(
+            f"{method} puts one model into another, not {len(models)} together ({', '.join(models)}); name one "
+            "or two in the variant's models"
+        )
 
 
 def shares(weights: Mapping[str, float], place: Place) -> dict[str, float]:

@@ -10,6 +10,7 @@ mergekit's, 1 % outliers; with `consensus: sum` this is mergekit's `breadcrumbs_
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -33,6 +34,12 @@ class Breadcrumbs(SparseFusion):
     """The share of a task vector's entries that stay: for all models, or by model, 1 for one that isn't named."""
     outliers: float = Field(default=0.01, ge=0.0, lt=1.0)
     """γ: the share of entries, the largest ones, that are left out."""
+    rescale: bool = Field(default=False, exclude_if=operator.not_)
+    """Whether what stays of a task vector is scaled to the L1 norm that it had in the tensor."""
+
+    @property
+    def keeps_norm(self) -> bool:
+        return self.rescale
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
         """The ranks of the smallest entry that stays and of the largest."""

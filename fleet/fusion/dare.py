@@ -29,6 +29,8 @@ class Dare(SparseFusion):
     drop_rate: PerModel[DropRate] = 0.2
     """p: the share of entries dropped; the rest is divided by 1 − p, so that the mean stays. For all models, or by
     model, 0 for one that isn't named."""
+    rescale: bool = Field(default=True, exclude_if=bool)
+    """Whether what stays is divided by its probability, 1 − p."""
     scale: float = Field(default=0.3, gt=0.0)
     seed: int = 0
 
@@ -37,4 +39,7 @@ class Dare(SparseFusion):
         from fleet.algebra.sparsify import Drop
 
         keys = [noise_key(self.seed, name, place.tensor) for name in models]
-        return [Drop(key, at_model(self.drop_rate, m, place, 0.0)) for m, key in zip(models, keys, strict=True)]
+        return [
+            Drop(key, at_model(self.drop_rate, m, place, 0.0), self.rescale)
+            for m, key in zip(models, keys, strict=True)
+        ]

@@ -44,6 +44,8 @@ class Della(SparseFusion):
     named."""
     epsilon: float = Field(default=0.15, ge=0.0)
     """ε: the smallest entry of a row stays with probability density − ε, the largest with density + ε."""
+    rescale: bool = Field(default=True, exclude_if=bool)
+    """Whether what stays is divided by its probability, p_i."""
     consensus: Literal["sum", "mean", "none"] = "sum"
     seed: int = 0
 
@@ -94,7 +96,8 @@ class Della(SparseFusion):
             key = noise_key(self.seed, name, entries.place.tensor)
             noise = uniform(key, entries.start, value.numel(), value.device)
             probability = self._probabilities(value, density, entries.columns)
-            found.append(value * (noise < probability) / probability)
+            stays = value * (noise < probability)
+            found.append(stays / probability if self.rescale else stays)
         return found
 
     def _probabilities(self, value: torch.Tensor, density: float, columns: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ def spherical_mean(gram: torch.Tensor, shares: torch.Tensor, max_steps: int, tol
 
     Args:
         gram: ⟨τ_s, τ_t⟩, (T, T) float64.
-        shares: w_t, not negative, with sum 1: (T,) float64.
+        shares: w_t, not negative, not all zero: (T,) float64. The length is Σ w_t ‖τ_t‖.
     """
     import torch
 
@@ -59,7 +59,7 @@ def spherical_mean(gram: torch.Tensor, shares: torch.Tensor, max_steps: int, tol
     used = (norms > 0.0) & (shares > 0.0)
     if not used.any():
         return shares
-    between = cosines(gram, norms, used)
+    between = cosines(gram, used)[used][:, used]
     parts = shares[used] / shares[used].sum()
 
     def length(vector: torch.Tensor) -> torch.Tensor:

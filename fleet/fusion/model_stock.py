@@ -12,7 +12,10 @@ doesn't cover a negative cos θ; then t = 0. Default: equal weights; others weig
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
 
 from fleet.fusion.gram import GramFusion, cosines, lengths
 
@@ -24,13 +27,23 @@ class ModelStock(GramFusion):
     """Parameters of model stock."""
 
     method: Literal["model_stock"]
+    filter_wise: bool = Field(default=False, exclude_if=operator.not_)
+    """Whether each row of a matrix, the weights of one output, has an angle and a t of its own; else each tensor."""
+
+    @property
+    def by_row(self) -> bool:
+        return self.filter_wise
 
     def mix(self, gram: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        norms = lengths(gram)
-        used = (norms > 0.0) & (shares > 0.0)
-        count = int(used.sum())
-        if count < 2:
-            return shares
-        pairs = cosines(gram, norms, used)
-        cosine = (pairs.sum() - pairs.trace()) / (count * (count - 1))
-        return shares * (count * cosine / (1.0 + (count - 1) * cosine) if cosine > 0.0 else 0.0)
+        import torch
+
+        used = (lengths(gram) > 0.0) & (shares > 0.0)
+        count = used.sum(dim=-1)
+        pairs = cosines(gram, used)
+        total = pairs.sum(dim=(-2, -1)) - pairs.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        cosine = total / (count * (count - 1)).clamp(min=1)
+        # A negative mean has no shrinking; where it is taken for zero, it is zero in the denominator too, which then
+        # has no pole.
+        aligned = cosine.clamp(min=0.0)
+        t = torch.where(count < 2, 1.0, count * aligned / (1.0 + (count - 1) * aligned))
+        return t.unsqueeze(-1) * shares

@@ -79,6 +79,25 @@ class SparseFusion(FusionMethod):
     def is_linear(self) -> bool:
         return False
 
+    @property
+    def keeps_norm(self) -> bool:
+        """Whether what stays of a task vector in a tensor is scaled to the L1 norm that the task vector had there."""
+        return False
+
+    @property
+    def has_sums(self) -> bool:
+        return self.keeps_norm
+
+    def terms(self, entries: Entries, thresholds: Thresholds) -> torch.Tensor | None:
+        """If the L1 norm is kept, that of each task vector and of what stays of it: (T, 2) float64."""
+        import torch
+
+        if not self.keeps_norm:
+            return None
+        pairs = zip(entries.values.values(), self.sparse(entries, thresholds), strict=True)
+        norms = [torch.stack([v.abs().sum(dtype=torch.float64) for v in before_after]) for before_after in pairs]
+        return torch.stack(norms)
+
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
         """The models' weights.
 
@@ -103,7 +122,7 @@ class SparseFusion(FusionMethod):
         from fleet.algebra.sparsify import merge_bfloat16
 
         cuts_M = self.cuts(models, place, thresholds)
-        if cuts_M is None:
+        if cuts_M is None or self.keeps_norm:
             return None
         weights_M = [weights[name] for name in models]
 
@@ -123,9 +142,23 @@ class SparseFusion(FusionMethod):
         from fleet.algebra.sparsify import elected, sum_of
 
         values_M = self.sparse(entries, thresholds)
+        if sums is not None:
+            values_M = [value * factor for value, factor in zip(values_M, _factors(sums), strict=True)]
         weights_M = [weights[name] for name in entries.values]
         if self.consensus == "none":
             fused = sum_of([v * w for v, w in zip(values_M, weights_M, strict=True)])
         else:
             fused = elected(values_M, weights_M, self.consensus)
         return fused if self.scale == 1.0 else fused * self.scale
+
+
+def _factors(norms: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """By what each sparse task vector is multiplied to have the norm it had; 1 where nothing is left of it.
+
+    Args:
+        norms: before and after, (T, 2).
+    """
+    import torch
+
+    before, after = norms.unbind(dim=1)
+    return torch.where(after > 0.0, before / torch.where(after > 0.0, after, 1.0), 1.0).unbind()

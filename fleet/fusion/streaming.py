@@ -318,7 +318,7 @@ class _Tensor:
 
     def sums(self, method: AnyFusionMethod, thresholds: Thresholds) -> torch.Tensor | None:
         """The method's terms over all entries, if it has any; added up in order."""
-        if type(method).terms is FusionMethod.terms:
+        if not method.has_sums:
             return None
         terms = (method.terms(entries, thresholds) for _, entries in self.entries(FIXED_ENTRIES))
         return torch.stack([t for t in terms if t is not None]).sum(dim=0)

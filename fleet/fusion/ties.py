@@ -8,10 +8,11 @@ result is no product of LoRA factors, so it is written as a full model.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from fleet.fusion.base import Thresholds
 from fleet.fusion.place import Place
@@ -30,6 +31,8 @@ class Ties(SparseFusion):
     trim: Literal["tensor", "model"] = "tensor"
     """Whether `density` is a share of each tensor's entries, or of those of all the model's tensors together."""
     consensus: Literal["sum", "mean", "none"] = "sum"
+    rescale: bool = Field(default=False, exclude_if=operator.not_)
+    """Whether what stays of a task vector is scaled to the L1 norm that it had in the tensor."""
     scale: float = 0.4
 
     @model_validator(mode="after")
@@ -39,9 +42,22 @@ class Ties(SparseFusion):
             raise ValueError("ties: a model trimmed as a whole has one density, not a schedule; or trim each tensor")
         return self
 
+    @model_validator(mode="after")
+    def _whole_models_keep_no_norm(self) -> Ties:
+        if self.trim == "model" and self.rescale:
+            raise ValueError(
+                "ties: rescale gives every tensor its norm back, which undoes a trim of whole models; set it to false, "
+                "or trim each tensor"
+            )
+        return self
+
     @property
     def is_global(self) -> bool:
         return self.trim == "model"
+
+    @property
+    def keeps_norm(self) -> bool:
+        return self.rescale
 
     def ranks(self, models: Sequence[str], place: Place, size: int) -> Mapping[str, Sequence[int]]:
         return {m: (max(round(at_model(self.density, m, place, 1.0) * size), 1),) for m in models}

@@ -165,6 +165,43 @@ def test_breadcrumbs_leaves_tied_entries_in_from_both_sides_by_hand() -> None:
     assert torch.equal(fused(method, {"a": Dense(value)}), expected)
 
 
+@pytest.mark.parametrize(("method", "kept"), [("ties", [-8.0, 4.0, 0.0, 0.0]), ("breadcrumbs", [0.0, 4.0, -2.0, 0.0])])
+def test_trims_that_rescale_keep_the_norm_by_hand(method: str, kept: list[float]) -> None:
+    """The L1 norm is 15; of zeros nothing stays that could have it."""
+    given = {"method": method, "density": 0.5, "consensus": "none", "scale": 2.0, "rescale": True}
+    fusion = TypeAdapter(AnyFusionMethod).validate_python(
+        given | ({"outliers": 0.25} if method == "breadcrumbs" else {})
+    )
+    found = fused(fusion, {"a": Dense(torch.tensor([-8.0, 4.0, -2.0, 1.0]))})
+    torch.testing.assert_close(found, 2.0 * torch.tensor(kept) * 15.0 / torch.tensor(kept).abs().sum())
+    assert torch.equal(fused(fusion, {"a": Dense(torch.zeros(4))}), torch.zeros(4))
+
+
+@pytest.mark.parametrize(("method", "rate"), [("dare", {"drop_rate": 0.5}), ("della", {"density": 0.5})])
+def test_drops_that_dont_rescale_leave_what_stays_as_it_is(method: str, rate: dict[str, float]) -> None:
+    read = TypeAdapter(AnyFusionMethod).validate_python
+    value = normal(3, 8, 5)
+    common = {"method": method, "scale": 1.0, "consensus": "none", **rate}
+    rescaled, plain = (fused(read(common | changes), {"a": Dense(value)}) for changes in ({}, {"rescale": False}))
+    assert torch.equal(plain != 0.0, rescaled != 0.0)
+    assert torch.equal(plain, torch.where(plain != 0.0, value, 0.0)) and not torch.equal(plain, rescaled)
+
+
+def test_ties_of_whole_models_that_rescale_is_refused() -> None:
+    with pytest.raises(ValueError, match="undoes a trim of whole models"):
+        Ties(method="ties", trim="model", rescale=True)
+
+
+def test_options_left_at_their_defaults_are_in_no_identity() -> None:
+    """They are newer than stored results, whose keys stay."""
+    read = TypeAdapter(AnyFusionMethod).validate_python
+    newer = {"rescale", "filter_wise", "normalize_weights"}
+    for name in ("ties", "dare", "della", "breadcrumbs", "model_stock", "multi_slerp"):
+        assert not newer & read({"method": name}).identity().keys()
+    assert read({"method": "ties", "rescale": True}).identity()["rescale"] is True
+    assert read({"method": "dare", "rescale": False}).identity()["rescale"] is False
+
+
 FEW_MAGNITUDES = st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 3.0]), min_size=1, max_size=40)
 
 

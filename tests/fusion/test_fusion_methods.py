@@ -25,6 +25,8 @@ from fleet.fusion import (
     Knots,
     ModelStock,
     MultiSlerp,
+    Ram,
+    RamPlusTl,
     Sce,
     Slerp,
     Tsv,
@@ -44,7 +46,8 @@ SPARSE = (
     Sce(method="sce", select=0.4),
 )
 MATRIX = (Knots(method="knots"), Tsv(method="tsv"), Iso(method="iso"))
-METHODS = (*GRAM, *SPARSE, *MATRIX)
+RAM = (Ram(method="ram"), RamPlusTl(method="ramplus_tl", epsilon=0.5))
+METHODS = (*GRAM, *SPARSE, *MATRIX, *RAM)
 LORA = (*GRAM, *MATRIX)
 
 SIZES = st.integers(1, 9)
@@ -152,7 +155,7 @@ def test_methods_of_loras_are_those_of_their_products(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from((*GRAM, *SPARSE)), SEEDS, MODELS, st.integers(2, 9), SIZES, st.data())
+@given(st.sampled_from((*GRAM, *SPARSE, *RAM)), SEEDS, MODELS, st.integers(2, 9), SIZES, st.data())
 def test_entrywise_methods_over_runs_of_rows_are_the_whole(
     method: AnyFusionMethod, seed: int, models: int, rows: int, columns: int, data: st.DataObject
 ) -> None:
@@ -176,7 +179,9 @@ def test_entrywise_methods_over_runs_of_rows_are_the_whole(
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (9,)])
-@pytest.mark.parametrize("method", [*GRAM, *SPARSE, Breadcrumbs(method="breadcrumbs", density=0.5, outliers=0.2)])
+@pytest.mark.parametrize(
+    "method", [*GRAM, *SPARSE, *RAM, Breadcrumbs(method="breadcrumbs", density=0.5, outliers=0.2, rescale=True)]
+)
 def test_entrywise_methods_of_pieces_are_the_wholes_rows(method: AnyFusionMethod, shape: tuple[int, ...]) -> None:
     """Of few magnitudes, so that many entries tie; of a vector too, which workers share entry by entry."""
     deltas = {n: Dense(d.dense().round()) for n, d in dense(3, 2, *shape).items()}
@@ -359,6 +364,16 @@ def test_spherical_means_are_their_equations(seed: int, models: int, size: int, 
     assert_same(fused(many, deltas), spherical(doubles(deltas), shares, 60))
 
 
+def test_multi_slerp_of_weights_not_normalised_is_as_long_as_their_sum() -> None:
+    """0.5 · 2 + 3 · 4 long, in the direction of the normalised weights."""
+    weights = {"m0": 0.5, "m1": 3.0}
+    deltas = of([2.0, 0.0], [0.0, 4.0])
+    plain = fused(MultiSlerp(method="multi_slerp", weights=weights), deltas)
+    found = fused(MultiSlerp(method="multi_slerp", weights=weights, normalize_weights=False), deltas)
+    assert float(found.norm()) == pytest.approx(13.0)
+    torch.testing.assert_close(found / 13.0, plain / plain.norm())
+
+
 def test_karcher_stops_at_max_iter_and_at_tol() -> None:
     deltas = of([1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.1, 0.9, 0.8])
     few = fused(Karcher(method="karcher", max_iter=1), deltas)
@@ -388,6 +403,37 @@ def test_model_stock_of_models_that_dont_point_the_same_way_is_zero(second: list
 
 def test_model_stock_of_one_model_and_zeros_is_the_mean() -> None:
     torch.testing.assert_close(fused(GRAM[2], of([4.0, 2.0], [0.0, 0.0])), torch.tensor([2.0, 1.0]))
+
+
+FILTERS = ModelStock(method="model_stock", filter_wise=True)
+
+
+def test_model_stock_by_filters_by_hand() -> None:
+    # Rows with cos θ of 0.6, 0, 1 and −1, and one that the second model leaves alone.
+    one = [[1.0, 0.0], [1.0, 0.0], [1.0, 2.0], [1.0, 1.0], [2.0, 2.0]]
+    two = [[3.0, 4.0], [0.0, 5.0], [2.0, 4.0], [-1.0, -1.0], [0.0, 0.0]]
+    expected = [[1.5, 1.5], [0.0, 0.0], [1.5, 3.0], [0.0, 0.0], [1.0, 1.0]]
+    torch.testing.assert_close(fused(FILTERS, of(one, two)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 2, 4)])
+def test_model_stock_by_filters_of_a_vector_and_of_a_stack(shape: tuple[int, ...]) -> None:
+    """A vector is one filter; a stack of matrices has those of each."""
+    deltas = {n: Dense(d.dense() + 1.0) for n, d in dense(2, 3, *shape).items()}
+    found = fused(FILTERS, deltas)
+    if len(shape) == 1:
+        assert_same(found, fused(GRAM[2], deltas).double())
+    else:
+        for i in range(shape[0]):
+            assert_same(found[i], fused(FILTERS, {n: Dense(d.value[i]) for n, d in deltas.items()}).double())
+
+
+def test_model_stock_by_filters_of_loras_is_that_of_their_products() -> None:
+    given_as = loras(4, 3, 6, 5)
+    found = fuse(FILTERS, given_as, absent=["c"])
+    assert isinstance(found, LowRank)
+    products: dict[str, Delta] = {n: Dense(d.dense()) for n, d in given_as.items()}
+    assert_same(fused(FILTERS, products, absent=["c"]), found.dense().double(), 1e-5)
 
 
 @settings(max_examples=30, deadline=None)

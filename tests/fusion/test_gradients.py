@@ -20,6 +20,10 @@ from fleet.fusion import (
     Karcher,
     ModelStock,
     MultiSlerp,
+    NearSwap,
+    NuSlerp,
+    Ram,
+    RamPlusTl,
     Sce,
     Slerp,
     TaskArithmetic,
@@ -47,7 +51,16 @@ METHODS: tuple[AnyFusionMethod, ...] = (
     Karcher(method="karcher", max_iter=40, tol=1e-12),
     ModelStock(method="model_stock", weights=SHARES),
     Slerp(method="slerp", t=0.3),
+    NuSlerp(method="nuslerp", weights=SHARES),
+    Ties(method="ties", density=0.6, rescale=True, weights=SHARES),
+    Breadcrumbs(method="breadcrumbs", density=0.6, outliers=0.2, rescale=True, consensus="mean", weights=SHARES),
+    Della(method="della", rescale=False, weights=SHARES),
+    MultiSlerp(method="multi_slerp", normalize_weights=False, weights=SHARES),
+    NearSwap(method="nearswap", t=6.5),
+    Ram(method="ram", epsilon=4.5),
+    RamPlusTl(method="ramplus_tl", epsilon=4.5),
 )
+OF_TWO = (Slerp, NuSlerp)
 LORA = tuple(m for m in METHODS if m.keeps_lora)
 STEP = 2.0**-6
 """A power of two, so that float32 has the moved entries exactly, of which thresholds are taken."""
@@ -62,7 +75,8 @@ def deltas_of(method: AnyFusionMethod, rows: int = 4, columns: int = 3) -> dict[
     generator = torch.Generator().manual_seed(5)
     sign = torch.where(torch.rand(rows, columns, generator=generator) < 0.5, -1.0, 1.0).double()
     # Of two models the variance of whole numbers is exact in float32, which a threshold is given in.
-    count = 2 if isinstance(method, Slerp) or (isinstance(method, Sce) and method.select != 1.0) else 3
+    is_of_two = isinstance(method, (*OF_TWO, NearSwap)) or (isinstance(method, Sce) and method.select != 1.0)
+    count = 2 if is_of_two else 3
     found: dict[str, torch.Tensor] = {}
     for i in range(count):
         size = torch.randperm(rows * columns, generator=generator).view(rows, columns) + 1.0
@@ -124,7 +138,7 @@ def test_gradient_of_masks_through_a_fusion_is_the_finite_difference(method: Any
 @pytest.mark.parametrize("method", LORA, ids=named)
 def test_gradient_of_masks_on_factors_through_a_fusion_is_the_finite_difference(method: AnyFusionMethod) -> None:
     generator = torch.Generator().manual_seed(1)
-    count = 2 if isinstance(method, Slerp) else 3
+    count = 2 if isinstance(method, OF_TWO) else 3
     factors = [
         LowRank(*(torch.rand(s, generator=generator, dtype=torch.float64) + 0.1 for s in ((4, 2), (2, 3))))
         for _ in range(count)

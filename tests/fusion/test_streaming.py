@@ -41,6 +41,10 @@ from fleet.fusion import (
     Knots,
     ModelStock,
     MultiSlerp,
+    NearSwap,
+    NuSlerp,
+    Ram,
+    RamPlusTl,
     Sce,
     Slerp,
     TaskArithmetic,
@@ -68,8 +72,15 @@ SPARSE = (
     Dare(method="dare", consensus="sum", drop_rate=0.5),
     Breadcrumbs(method="breadcrumbs", density=0.6, outliers=0.05),
     Della(method="della"),
+    Dare(method="dare", rescale=False),
 )
-WITHOUT_SUMS = (*LINEAR, *SPARSE, Consensus(method="consensus"))
+WITHOUT_SUMS = (
+    *LINEAR,
+    *SPARSE,
+    Consensus(method="consensus"),
+    Ram(method="ram", epsilon=0.01),
+    NearSwap(method="nearswap", t=0.01),
+)
 WITH_SUMS = (
     Sce(method="sce"),
     Sce(method="sce", select=0.4),
@@ -77,8 +88,18 @@ WITH_SUMS = (
     ModelStock(method="model_stock"),
     Karcher(method="karcher"),
     MultiSlerp(method="multi_slerp"),
+    NuSlerp(method="nuslerp"),
+    RamPlusTl(method="ramplus_tl", epsilon=0.01),
+    Ties(method="ties", rescale=True),
 )
-MATRIX = (Knots(method="knots"), Tsv(method="tsv"), Iso(method="iso"))
+MATRIX = (
+    Knots(method="knots"),
+    Tsv(method="tsv"),
+    Iso(method="iso"),
+    ModelStock(method="model_stock", filter_wise=True),
+    NuSlerp(method="nuslerp", vectors="columns"),
+)
+OF_TWO = ("slerp", "nuslerp", "nearswap")
 METHODS = (*WITHOUT_SUMS, *WITH_SUMS, *MATRIX)
 WITH_THRESHOLDS = (*SPARSE[:2], SPARSE[4], WITH_SUMS[1])
 
@@ -145,7 +166,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def members_of(method: AnyFusionMethod) -> tuple[str, ...]:
-    return ("half", "lora") if method.method == "slerp" else MIXED
+    return ("half", "lora") if method.method in OF_TWO else MIXED
 
 
 def full_model(folder: Path) -> FullModel:
@@ -603,7 +624,7 @@ def test_streamed_tensor_is_read_in_runs_of_whole_rows(models: Path, monkeypatch
     assert [count // 260 for _, _, count in reads] == [7] * 10  # of 130 entries, 2 bytes each
 
 
-@pytest.mark.parametrize("method", [*WITHOUT_SUMS, *(m for m in WITH_SUMS if m.method != "slerp")], ids=named)
+@pytest.mark.parametrize("method", [m for m in (*WITHOUT_SUMS, *WITH_SUMS) if m.method not in OF_TWO], ids=named)
 def test_streamed_remote_models_give_what_local_ones_give(
     models: Path, monkeypatch: pytest.MonkeyPatch, method: AnyFusionMethod
 ) -> None:
