@@ -5,7 +5,8 @@
 
 The merge becomes one variant with `realign: null`, to which you add variants that realign. Weights, densities and the
 like become schedules: a number, a gradient over the layers, or rules by tensor name. A model's own come first, then its
-slice's, then the configuration's, as in mergekit. `base_model` becomes `base.aligned`. mergekit has no unaligned model:
+slice's, then the configuration's, as in mergekit. `base_model` becomes `base.aligned`; where mergekit merges it too, as
+`linear` and `karcher` do though it isn't listed, it is a model as well. mergekit has no unaligned model:
 name it with `--unaligned`, or replace `unset://base.unaligned` in what is printed, which a run refuses. A run wants Hub
 models pinned to a commit. A setting that changes nothing, here or in mergekit, is left out with a remark on stderr.
 One that would change the fused weights but has no equal here is refused, and so is what mergekit itself would not run.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fleet.core.errors import ManifestError
 from fleet.manifest import Manifest, parse
@@ -47,6 +48,7 @@ UNSET = "unset://base.{}"
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_FLAG = TypeAdapter(bool)
 
 
 class Conversion(NamedTuple):
@@ -152,7 +154,7 @@ class _Merge:
     base: str | None
     """`base_model`, as the configuration or its slice gives it."""
     inputs: list[_Input]
-    """Every model listed; the base model may be among them."""
+    """Every model that mergekit reads; the base model may be among them, whether it is listed or not."""
     shared: list[tuple[str, Mapping[str, object]]]
     """Parameters for all models: what messages call their place, and the parameters. The slice's come first."""
     remarks: list[str] = field(default_factory=list[str])
@@ -167,6 +169,15 @@ class _Merge:
     def members(self) -> list[_Input]:
         """The models that have a task vector on the base model."""
         return [i for i in self.inputs if i.model != self.base]
+
+    @property
+    def adds_base(self) -> bool:
+        """Whether the base model is read only because mergekit adds it to the models."""
+        return (
+            self.base is not None
+            and self.config.models is not None
+            and all(i.model != self.base for i in self.config.models)
+        )
 
     def error(self, where: str, problem: str) -> ManifestError:
         return ManifestError(f"{self.path}: {where}: {problem}")
@@ -207,6 +218,11 @@ class _Merge:
                 lacks = "its rules leave tensors out; end them with one without a filter" if rules else "missing"
                 raise self.error(where, f"{lacks}; {self.method} needs it for every tensor")
             rules, end = [*rules, Rule(value=default)], len(rules)
+        if any(isinstance(rule["value"], list) for rule in rules[: end + 1]):
+            self.remarks.append(
+                "gradients: the final norm and a head of its own take the last number here; mergekit 0.1.5 gives them "
+                "the first"
+            )
         return rules[0]["value"] if end == 0 else rules[: end + 1]
 
     def _given(self, name: str, model: _Input | None) -> list[tuple[str, object]]:
@@ -249,19 +265,13 @@ class _Merge:
         return setting
 
     def flag(self, name: str, default: bool) -> bool:
-        """A parameter that is true or false, for all models."""
+        """A parameter that is true or false, for all models and tensors; in any way that mergekit reads as one."""
         for where, value in self._given(name, None):
-            if not isinstance(value, bool):
-                raise self.error(where, "true or false is expected")
-            return value
+            try:
+                return _FLAG.validate_python(value)
+            except ValidationError as e:
+                raise self.error(where, "true or false is expected, for all tensors") from e
         return default
-
-    def only(self, name: str, value: bool) -> None:
-        """Refuse a parameter that isn't `value`, which is the only one it can have here."""
-        if self.flag(name, value) != value:
-            raise self.error(
-                f"parameters.{name}", f"{self.method} has it always {str(value).lower()} here; leave it out"
-            )
 
     def weights(self, inputs: Sequence[_Input]) -> dict[str, Setting]:
         return {i.model: self.schedule("weight", i, None) for i in inputs}
@@ -288,7 +298,7 @@ class _Merge:
         if not {"value"} <= set(given) <= {"filter", "value"}:
             raise self.error(where, f"{rule}: a rule is a value and perhaps a filter")
         numbers, name = self._numbers(where, given["value"]), given.get("filter")
-        return {"value": numbers} if name in (None, "*") else {"filter": str(name), "value": numbers}
+        return {"value": numbers} if name in (None, "*", "") else {"filter": str(name), "value": numbers}
 
     def _numbers(self, where: str, value: object) -> Numbers:
         if numbers := _listed(value):
@@ -330,7 +340,9 @@ def _read(path: Path) -> _Merge:
     if (config.models is None) == (config.slices is None):
         raise merge.error("models", "give models, or slices, but not both")
     if config.models is not None:
-        merge.inputs = config.models
+        merge.inputs = [*config.models]
+        if merge.base is not None and merge.adds_base:
+            merge.inputs.append(_Input(model=merge.base))  # whatever the method makes of it
     else:
         _take_slices(merge, config.slices or [])
     listed = [i.model for i in merge.inputs]
@@ -357,6 +369,11 @@ def _take_slices(merge: _Merge, slices: Sequence[_Slice]) -> None:
     merge.remarks.append(f"slices: taken as models; layers 0 to {whole[1]} have to be all there are")
     merge.inputs = [*only.sources]
     merge.base = only.base_model or merge.base
+    listed = [source.model for source in only.sources]
+    if merge.base is not None and merge.base not in listed and merge.method not in _TAKES_ALL:
+        raise merge.error(
+            "slices.0.sources", f"{merge.base} isn't among them, and mergekit's {merge.method} needs base_model there"
+        )
     merge.shared.insert(0, ("slices.0.parameters", only.parameters or {}))
 
 
@@ -421,6 +438,13 @@ _Fuse: TypeAlias = tuple[list[_Input], dict[str, Any]]
 
 def _linear(merge: _Merge) -> _Fuse:
     """A mean of the models. A sum that isn't one scales the base model too, which nothing here does."""
+    if merge.adds_base and not any("weight" in parameters for _, parameters in merge.shared):
+        raise merge.error(
+            "base_model",
+            f"mergekit adds {merge.base} to the models, as it isn't listed, but there is no weight for it; list it "
+            "with a weight, give parameters.weight, or leave base_model out",
+        )
+    _tell_of_base(merge)
     weights = merge.weights(merge.inputs)
     if merge.flag("normalize", True):
         return merge.inputs, {"method": "weight_average", "weights": weights}
@@ -432,6 +456,14 @@ def _linear(merge: _Merge) -> _Fuse:
         )
     members = {i.model: weights[i.model] for i in merge.members}
     return merge.members, {"method": "task_arithmetic", "scale": 1.0, "weights": members}
+
+
+def _tell_of_base(merge: _Merge) -> None:
+    if merge.adds_base:
+        merge.remarks.append(
+            f"base_model: not listed, but mergekit's {merge.method} merges it like any other model, so it is one here; "
+            "if it is the base alone, leave it out, and set base.aligned"
+        )
 
 
 def _add_up_to_one(weights: Sequence[Setting]) -> bool:
@@ -456,7 +488,8 @@ def _task_vectors(merge: _Merge) -> _Fuse:
     scale = merge.schedule("lambda", None, 1.0)
     if kind.rescale is None:
         return merge.members, fuse | {"scale": scale}
-    merge.only("rescale", kind.rescale)
+    if (rescale := merge.flag("rescale", kind.rescale)) != kind.rescale:
+        fuse["rescale"] = rescale
     fuse["consensus"] = ("mean" if normalize else "sum") if kind.elects else "none"
     fuse["scale"] = merge.number("lambda", scale)
     return merge.members, fuse | _sparse(merge, kind.method)
@@ -469,7 +502,8 @@ def _sparse(merge: _Merge, method: str) -> dict[str, Any]:
         return {"density": density, "trim": "tensor"}
     if method == "breadcrumbs":
         return {"density": density, "outliers": merge.number("gamma", merge.common("gamma", 0.01))}
-    merge.remarks.append(f"{merge.method}: what stays is divided by its probability; mergekit keeps the L1 norm")
+    if merge.flag("rescale", True):
+        merge.remarks.append(f"{merge.method}: what stays is divided by its probability; mergekit keeps the L1 norm")
     if method == "della":
         return {"density": density, "epsilon": merge.number("epsilon", merge.common("epsilon", 0.15))}
     if isinstance(density, dict):
@@ -528,12 +562,39 @@ def _slerp(merge: _Merge) -> _Fuse:
 
 
 def _multislerp(merge: _Merge) -> _Fuse:
-    merge.only("normalize_weights", True)
     _tell_of_task_vectors(merge, merge.base is None)
-    return merge.members, {"method": "multi_slerp", "weights": merge.weights(merge.members)}
+    fuse: dict[str, Any] = {"method": "multi_slerp", "weights": merge.weights(merge.members)}
+    normalize = merge.flag("normalize_weights", True) or len(merge.members) == 1  # mergekit takes one as it is
+    return merge.members, fuse if normalize else fuse | {"normalize_weights": False}
+
+
+def _nuslerp(merge: _Merge) -> _Fuse:
+    _tell_of_task_vectors(merge, merge.base is None)
+    if len(merge.members) != 2:
+        raise merge.error("models", f"nuslerp takes two models beside base_model, not {len(merge.members)}")
+    fuse: dict[str, Any] = {"method": "nuslerp", "weights": merge.weights(merge.members)}
+    by_column = merge.flag("nuslerp_row_wise", False)  # mergekit takes vectors along the first axis then
+    if not merge.flag("nuslerp_flatten", True):
+        fuse["vectors"] = "columns" if by_column else "rows"
+    return merge.members, fuse
+
+
+def _nearswap(merge: _Merge) -> _Fuse:
+    _need_base(merge)
+    if len(merge.members) != 1:
+        raise merge.error("models", f"nearswap moves base_model towards one other model, not {len(merge.members)}")
+    return merge.members, {"method": "nearswap", "t": merge.schedule("t", None, None)}
+
+
+def _ram(merge: _Merge) -> _Fuse:
+    _need_base(merge)
+    defaults = {"epsilon": 1e-5} | ({"r": 0.1, "alpha": 0.2} if merge.method == "ramplus_tl" else {})
+    given = {name: merge.number(name, merge.schedule(name, None, default)) for name, default in defaults.items()}
+    return merge.members, {"method": merge.method, **given}
 
 
 def _karcher(merge: _Merge) -> _Fuse:
+    _tell_of_base(merge)
     _tell_of_task_vectors(merge, True)
     steps = merge.number("max_iter", merge.schedule("max_iter", None, 10))
     tolerance = merge.number("tol", merge.schedule("tol", None, 1e-5))
@@ -550,10 +611,10 @@ def _tell_of_task_vectors(merge: _Merge, differs: bool) -> None:
 
 def _model_stock(merge: _Merge) -> _Fuse:
     _need_base(merge)
-    merge.only("filter_wise", False)
     if len(merge.members) < 2:
         raise merge.error("models", "model_stock needs two or more beside the base model")
-    return merge.members, {"method": "model_stock"}
+    filter_wise = merge.flag("filter_wise", False)
+    return merge.members, {"method": "model_stock"} | ({"filter_wise": True} if filter_wise else {})
 
 
 def _sce(merge: _Merge) -> _Fuse:
@@ -579,16 +640,21 @@ _METHODS: dict[str, Callable[[_Merge], _Fuse]] = {
     **dict.fromkeys(_TASK_VECTORS, _task_vectors),
     "slerp": _slerp,
     "multislerp": _multislerp,
+    "nuslerp": _nuslerp,
+    "nearswap": _nearswap,
+    **dict.fromkeys(("ram", "ramplus_tl"), _ram),
     "karcher": _karcher,
     "model_stock": _model_stock,
     "sce": _sce,
     "arcee_fusion": _arcee_fusion,
 }
 
+_TAKES_ALL = ("linear", "karcher")
+"""Methods of mergekit's for which the base model is a model like any other, and need not be there."""
+
 _REFUSED = {
-    "passthrough": "models aren't put together from layers here",
-    "nuslerp": "not done here; take multislerp with base_model",
-    "nearswap": "not done here",
+    "passthrough": "it copies one model's layers, and models aren't put together from layers here; there is nothing to "
+    "fuse in a single model: give it as a model, with a variant that realigns it"
 }
 
 

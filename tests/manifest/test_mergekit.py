@@ -85,10 +85,11 @@ def convert(folder: Path, text: str, **arguments: str) -> Conversion:
 
 
 def merge(method: str, shared: str = "", a: str = "weight: 1", b: str = "weight: 1", rest: str = "") -> str:
-    """A merge of two models on a base model."""
+    """A merge of two models, on a base model if the method doesn't merge that as well."""
+    base = "" if method in ("linear", "karcher") else "base_model: ./base"
     return f"""
 merge_method: {method}
-base_model: ./base
+{base}
 models:
   - {{model: ./a, parameters: {{{a}}}}}
   - {{model: ./b, parameters: {{{b}}}}}
@@ -396,6 +397,42 @@ WEIGHTS = {"weights": {"a": 1, "b": 1}}
         ("multislerp", "eps: 1e-8", {"method": "multi_slerp", **WEIGHTS}),
         ("karcher", "max_iter: 20, tol: 1e-6", {"method": "karcher", "max_iter": 20, "tol": 1e-6}),
         ("model_stock", "filter_wise: false", {"method": "model_stock"}),
+        ("model_stock", "filter_wise: true", {"method": "model_stock", "filter_wise": True}),
+        ("multislerp", "normalize_weights: false", {"method": "multi_slerp", **WEIGHTS, "normalize_weights": False}),
+        (
+            "ties", "rescale: 1.0, normalize: 0",
+            {
+                "method": "ties", **WEIGHTS, "rescale": True, "consensus": "sum", "scale": 1.0, "density": 1.0,
+                "trim": "tensor",
+            },
+        ),
+        (
+            "dare_ties", "density: 0.5, rescale: false",
+            {"method": "dare", **WEIGHTS, "rescale": False, "consensus": "sum", "scale": 1.0, "drop_rate": 0.5},
+        ),
+        (
+            "breadcrumbs", "density: 0.9, rescale: true",
+            {
+                "method": "breadcrumbs", **WEIGHTS, "rescale": True, "consensus": "none", "scale": 1.0,
+                "density": 0.9, "outliers": 0.01,
+            },
+        ),
+        (
+            "della_linear", "density: 0.6, rescale: no",
+            {
+                "method": "della", **WEIGHTS, "rescale": False, "consensus": "none", "scale": 1.0, "density": 0.6,
+                "epsilon": 0.15,
+            },
+        ),
+        ("nuslerp", "", {"method": "nuslerp", **WEIGHTS}),
+        ("nuslerp", "nuslerp_row_wise: true", {"method": "nuslerp", **WEIGHTS}),
+        ("nuslerp", "nuslerp_flatten: false", {"method": "nuslerp", **WEIGHTS, "vectors": "rows"}),
+        (
+            "nuslerp", "nuslerp_flatten: false, nuslerp_row_wise: true",
+            {"method": "nuslerp", **WEIGHTS, "vectors": "columns"},
+        ),
+        ("ram", "epsilon: 1e-4", {"method": "ram", "epsilon": 1e-4}),
+        ("ramplus_tl", "r: 0.2", {"method": "ramplus_tl", "epsilon": 1e-5, "r": 0.2, "alpha": 0.2}),
         ("sce", "select_topk: 0.1", {"method": "sce", "select": 0.1}),
     ],
 )  # fmt: skip
@@ -416,15 +453,93 @@ def test_arcee_fusion_puts_one_model_into_the_base_model(tmp_path: Path) -> None
 
 
 def test_linear_without_base_model_takes_every_model_and_asks_for_one(tmp_path: Path) -> None:
-    found = convert(tmp_path, merge("linear").replace("base_model: ./base", ""))
+    found = convert(tmp_path, merge("linear"))
     assert found.manifest["base"]["aligned"] == "unset://base.aligned"
     assert any(remark.startswith("base_model: ") for remark in found.remarks)
 
 
 def test_linear_counts_the_base_model_where_it_is_listed(tmp_path: Path) -> None:
-    text = merge("linear", a="weight: 3").replace("base_model: ./base", "base_model: ./b")
-    found = fuse(tmp_path, text)
+    found = fuse(tmp_path, merge("linear", a="weight: 3", rest="base_model: ./b"))
     assert found == {"method": "weight_average", "weights": {"a": 3, "b": 1}}
+
+
+UNLISTED = "base_model: ./base"
+
+
+def test_linear_merges_a_base_model_that_is_not_listed_as_mergekit_does(tmp_path: Path) -> None:
+    """mergekit adds it to the models, and its weight is that of all."""
+    text = merge("linear", "weight: 2", a="weight: 3", b="", rest=UNLISTED)
+    found = convert(tmp_path, text)
+    assert found.manifest["variants"][0]["fuse"] == {"method": "weight_average", "weights": {"a": 3, "b": 2, "base": 2}}
+    assert found.manifest["base"]["aligned"] == "./base"
+    assert [m["source"] for m in found.manifest["models"]] == ["./a", "./b", "./base"]
+    assert any(remark.startswith("base_model: not listed, but") for remark in found.remarks)
+    message = refused(tmp_path, merge("linear", rest=UNLISTED))
+    assert "base_model: mergekit adds ./base to the models" in message and "leave base_model out" in message
+
+
+def test_karcher_merges_a_base_model_that_is_not_listed_as_mergekit_does(tmp_path: Path) -> None:
+    found = convert(tmp_path, merge("karcher", rest=UNLISTED))
+    assert [m["name"] for m in found.manifest["models"]] == ["a", "b", "base"]
+    method = written(tmp_path, found).variants[0].fuse
+    assert method is not None and method.coefficients([*"abc"], Place("q", 0.0)) == dict.fromkeys("abc", 1.0 / 3)
+    listed = convert(tmp_path, merge("karcher", rest="base_model: ./b"))
+    assert [m["name"] for m in listed.manifest["models"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("method", "merged"),
+    [
+        *((m, ["a", "b"]) for m in ("ties", "multislerp", "nuslerp", "model_stock", "sce", "ram", "ramplus_tl")),
+        ("slerp", None),
+        ("nearswap", None),
+        ("arcee_fusion", None),
+    ],
+)
+def test_base_model_listed_or_not_is_the_base_alone(tmp_path: Path, method: str, merged: list[str] | None) -> None:
+    """Of the methods that take one model beside it, two are too many, but a base model and one are two."""
+    weights = "weight: 1, t: 0.5"
+    listed = f"{merge(method, weights, '', '')}".replace("models:", "models:\n  - {model: ./base}")
+    if merged is None:
+        refused(tmp_path, merge(method, weights, "", ""))
+        one = merge(method, weights, "", "", "").replace("base_model: ./base", "base_model: ./b")
+        names = [m["name"] for m in convert(tmp_path, one).manifest["models"]]
+        assert names == (["b", "a"] if method == "slerp" else ["a"])
+        return
+    for text in (merge(method, weights, "", ""), listed):
+        assert [m["name"] for m in convert(tmp_path, text).manifest["models"]] == merged
+
+
+@pytest.mark.parametrize(("method", "merged"), [("linear", ["a", "b"]), ("karcher", ["a", "b"]), ("ties", None)])
+def test_slice_without_its_base_model_is_what_it_is_to_mergekit(
+    tmp_path: Path, method: str, merged: list[str] | None
+) -> None:
+    """Nothing is added to a slice: two methods don't need a base model there, the others refuse to run."""
+    sources = "".join(f"      - {{model: ./{m}, layer_range: [0, 2]}}\n" for m in "ab")
+    text = f"merge_method: {method}\nbase_model: ./base\nparameters: {{weight: 1}}\nslices:\n  - sources:\n{sources}"
+    if merged is None:
+        assert "slices.0.sources: ./base isn't among them" in refused(tmp_path, text)
+    else:
+        assert [m["name"] for m in convert(tmp_path, text).manifest["models"]] == merged
+
+
+def test_nearswap_is_given_t_and_ram_its_numbers_for_all_models(tmp_path: Path) -> None:
+    text = merge("nearswap", "t: [0.001, 0.0001]", "", "").replace("base_model: ./base", "base_model: ./b")
+    assert fuse(tmp_path, text) == {"method": "nearswap", "t": [0.001, 0.0001]}
+    assert "parameters.t: missing" in refused(tmp_path, text.replace("t: [0.001, 0.0001]", ""))
+    assert "not a schedule" in refused(tmp_path, merge("ram", "epsilon: [0, 1]", "", ""))
+
+
+def test_gradient_is_remarked_on_because_the_last_tensors_take_its_other_end(tmp_path: Path) -> None:
+    assert any(remark.startswith("gradients: ") for remark in convert(tmp_path, TIES).remarks)
+    assert not any(remark.startswith("gradients: ") for remark in convert(tmp_path, merge("ties")).remarks)
+
+
+def test_multislerp_of_one_model_is_that_model_whatever_its_weight(tmp_path: Path) -> None:
+    one = merge("multislerp", "normalize_weights: false", b="weight: 3").replace(
+        "base_model: ./base", "base_model: ./a"
+    )
+    assert fuse(tmp_path, one) == {"method": "multi_slerp", "weights": {"b": 3}}
 
 
 def test_linear_not_normalised_has_an_equal_if_weights_add_up_to_1(tmp_path: Path) -> None:
@@ -434,7 +549,7 @@ def test_linear_not_normalised_has_an_equal_if_weights_add_up_to_1(tmp_path: Pat
         "scale": 1.0,
         "weights": {"a": [0, 1], "b": [1, 0]},
     }
-    listed = merge("linear", "normalize: false", "weight: 0.3", "weight: 0.7").replace("./base", "./b")
+    listed = merge("linear", "normalize: false", "weight: 0.3", "weight: 0.7", "base_model: ./b")
     assert fuse(tmp_path, listed) == {"method": "task_arithmetic", "scale": 1.0, "weights": {"a": 0.3}}
 
 
@@ -474,14 +589,11 @@ def test_slerp_needs_t_and_two_models(tmp_path: Path) -> None:
     ("method", "shared", "message"),
     [
         ("passthrough", "", "put together from layers"),
-        ("nuslerp", "", "take multislerp"),
+        ("nearswap", "t: 1", "nearswap moves base_model towards one other model, not 2"),
         ("blend", "", "unknown here; there are linear, task_arithmetic, "),
-        ("dare_ties", "rescale: false", "parameters.rescale: dare_ties has it always true here"),
-        ("ties", "rescale: true", "parameters.rescale"),
+        ("ties", "normalize: [{filter: mlp, value: true}, {value: false}]", "true or false is expected, for all"),
         ("ties", "normalize: 3", "true or false"),
         ("task_arithmetic", "normalize: true, weight: [0, 1]", "merge_method linear"),
-        ("model_stock", "filter_wise: true", "parameters.filter_wise"),
-        ("multislerp", "normalize_weights: false", "parameters.normalize_weights"),
         ("dare_linear", "density: 0", "1 is no drop rate"),
         ("della", "density: 0.95", "density + epsilon at most 1"),
         ("ties", "density: 0", "0 is no share"),
@@ -493,7 +605,8 @@ def test_method_without_an_equal_is_refused(tmp_path: Path, method: str, shared:
 
 
 @pytest.mark.parametrize(
-    "method", ["task_arithmetic", "ties", "dare_linear", "slerp", "model_stock", "sce", "arcee_fusion"]
+    "method",
+    ["task_arithmetic", "ties", "dare_linear", "slerp", "model_stock", "sce", "arcee_fusion", "nearswap", "ram"],
 )
 def test_method_on_task_vectors_needs_a_base_model(tmp_path: Path, method: str) -> None:
     assert "base_model: missing" in refused(tmp_path, merge(method).replace("base_model: ./base", ""))
@@ -587,6 +700,7 @@ slices:
   - sources:
       - {model: ./a, layer_range: [0, 2], parameters: {weight: 1}}
       - {model: ./b, layer_range: [0, 2]}
+      - {model: ./base, layer_range: [0, 2]}
     base_model: ./base
     parameters: {weight: 2, density: 0.5}
 merge_method: ties
