@@ -343,7 +343,12 @@ def test_manifest_mask_on_a_fusion_that_is_none_refused(catalogue: Path, work: P
 
 @pytest.mark.parametrize(
     ("fuse", "why"),
-    [({"method": "tsv"}, "tsv needs whole matrices"), ({"method": "ties", "trim": "model"}, r"fuse\.trim is model")],
+    [
+        ({"method": "tsv"}, "tsv needs whole matrices"),
+        ({"method": "model_stock", "filter_wise": True}, "model_stock needs whole matrices"),
+        ({"method": "nuslerp", "vectors": "rows"}, "nuslerp needs whole matrices"),
+        ({"method": "ties", "trim": "model"}, r"fuse\.trim is model"),
+    ],
 )
 def test_manifest_mask_on_a_fusion_of_more_than_rows_refused(
     catalogue: Path, work: Path, fuse: dict[str, Any], why: str
