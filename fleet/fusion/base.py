@@ -65,7 +65,7 @@ Thresholds = Mapping[str, Sequence[float]]
 class FusionMethod(BaseModel):
     """Parameters every fusion method has; a subclass per file, all listed in `fleet.fusion`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     revision: ClassVar[int] = 1
     """Raised when a method comes to fuse the same models into other bytes: what it made before is then made anew."""

@@ -32,7 +32,9 @@ class Dare(SparseFusion):
     rescale: bool = Field(default=True, exclude_if=bool)
     """Whether what stays is divided by its probability, 1 − p."""
     scale: float = Field(default=0.3, gt=0.0)
+    """λ, which the sum is multiplied by."""
     seed: int = 0
+    """Seed of what is dropped."""
 
     def cuts(self, models: Sequence[str], place: Place, thresholds: Thresholds) -> list[Drop]:
         from fleet.algebra.noise import noise_key

@@ -47,7 +47,10 @@ class Della(SparseFusion):
     rescale: bool = Field(default=True, exclude_if=bool)
     """Whether what stays is divided by its probability, p_i."""
     consensus: Literal["sum", "mean", "none"] = "sum"
+    """`sum` and `mean` elect a sign for each entry, and take the sum of the entries that agree, or their weighted mean;
+    `none` adds all entries up."""
     seed: int = 0
+    """Seed of what is dropped."""
 
     @model_validator(mode="after")
     def _are_probabilities(self) -> Della:

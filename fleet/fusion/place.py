@@ -21,11 +21,12 @@ Gradient: TypeAlias = Annotated[tuple[float, ...], Field(min_length=1)]
 class Rule(BaseModel):
     """A value for the tensors whose names contain a text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     filter: str | None = None
     """Part of a tensor's name; without it, the rule is for every tensor."""
     value: float | Gradient
+    """The number, or numbers over the depth of the model."""
 
 
 def _ends_for_all(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:

@@ -31,9 +31,12 @@ class Ties(SparseFusion):
     trim: Literal["tensor", "model"] = "tensor"
     """Whether `density` is a share of each tensor's entries, or of those of all the model's tensors together."""
     consensus: Literal["sum", "mean", "none"] = "sum"
+    """`sum` and `mean` elect a sign for each entry, and take the sum of the entries that agree, or their weighted mean;
+    `none` adds all entries up."""
     rescale: bool = Field(default=False, exclude_if=operator.not_)
     """Whether what stays of a task vector is scaled to the L1 norm that it had in the tensor."""
     scale: float = 0.4
+    """λ, which the merged task vector is multiplied by."""
 
     @model_validator(mode="after")
     def _whole_models_have_one_density(self) -> Ties:

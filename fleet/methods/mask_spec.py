@@ -70,6 +70,7 @@ class MaskSpec(Frozen):
     temperature: float = Field(default=0.5, gt=0.0)
     """λ of the Concrete distribution."""
     training: MaskTraining = MaskTraining()
+    """How the mask is learned."""
     hardening: Literal["threshold", "expected", "sample"] = "expected"
     """How the learned mask is applied: σ(x) ≥ ½, σ(x) itself, or one seeded draw."""
     seed: int = 0

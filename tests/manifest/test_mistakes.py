@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from fleet.core.errors import ManifestError
-from fleet.manifest import load_manifest
+from fleet.manifest import load_manifest, manifest_schema
 
 MINIMAL: dict[str, Any] = {
     "schema": 1,
@@ -139,3 +140,39 @@ def test_home_folder_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "models.json"
     path.write_text(json.dumps(MINIMAL | {"artifacts": "~/artifacts"}))
     assert load_manifest(path).artifacts == "/home/someone/artifacts"
+
+
+def test_schema_describes_every_property_and_tells_every_union_apart() -> None:
+    schema = json.loads(manifest_schema())
+    bare = [where for where, part in _properties(schema, "") if not _described(schema, part)]
+    assert bare == []
+    unions = [where for where, part in _parts(schema, "") if _is_bare_union(part)]
+    assert unions == []
+
+
+def _described(schema: dict[str, Any], part: dict[str, Any]) -> bool:
+    """pydantic leaves a description out where the type's own says the same."""
+    name = part.get("$ref", "").rpartition("/")[2]
+    return "description" in part or "description" in schema["$defs"].get(name, {})
+
+
+def _parts(node: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        yield where, node
+        for key, value in node.items():
+            yield from _parts(value, f"{where}/{key}")
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _parts(value, f"{where}/{i}")
+
+
+def _properties(schema: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, part in _parts(schema, where):
+        if not path.endswith("/properties"):
+            for name, value in part.get("properties", {}).items():
+                yield f"{path}/{name}", value
+
+
+def _is_bare_union(part: dict[str, Any]) -> bool:
+    options = part.get("anyOf", part.get("oneOf", ()))
+    return sum("$ref" in option for option in options) > 1 and "discriminator" not in part
