@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from fleet.core.errors import InputError
 from fleet.core.frozen import Frozen
+from fleet.core.json_lines import json_lines
 
 
 class LabelledRow(Frozen):
@@ -20,16 +21,15 @@ def read_labelled(data: bytes, where: str) -> list[LabelledRow]:
     """The rows of a calibration file, JSON lines.
 
     Raises:
-        InputError: A line is no such row, or there is none; `where` is what the message calls the file.
+        InputError: It is no UTF-8, a line is no such row, or there is none; `where` is what the message calls the file.
     """
     rows: list[LabelledRow] = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(LabelledRow.model_validate_json(line))
-            except ValidationError as error:
-                problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-                raise InputError(f"{where}, line {number}: {problem}") from error
+    for number, line in json_lines(data, where):
+        try:
+            rows.append(LabelledRow.model_validate(line))
+        except ValidationError as error:
+            problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise InputError(f"{where}: line {number}: {problem}") from error
     if not rows:
         raise InputError(f"{where}: holds no row of prompt, completion and harmful")
     return rows

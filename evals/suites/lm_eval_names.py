@@ -66,7 +66,7 @@ def _texts() -> dict[Path, str]:
         return {}
     # Its templates, which may hold the tags, have no suffix.
     return {
-        file: file.read_text(encoding="utf-8", errors="replace")
+        file: file.read_text(encoding="utf-8")
         for file in (Path(spec.origin).parent / "tasks").rglob("*")
         if file.suffix in (".yaml", "") and file.is_file()
     }

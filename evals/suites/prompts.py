@@ -13,6 +13,7 @@ from pathlib import Path
 from evals.parquet import read_rows
 from fleet.core.errors import SuiteError
 from fleet.core.identity import Json
+from fleet.core.json_lines import decode_text, json_lines, json_value
 
 LocatedRow = tuple[str, Mapping[str, Json]]
 """Where a row stands, for messages, and its columns."""
@@ -118,21 +119,37 @@ def _file_rows(file: Path, header: bool) -> Iterator[LocatedRow]:
 
 
 def _csv_rows(file: Path) -> Iterator[LocatedRow]:
-    for number, row in enumerate(csv.DictReader(io.StringIO(_text(file), newline="")), start=1):
-        yield f"{file}, row {number}", row
+    """Rows below a header. A row with too many cells is refused: a comma in a text without quotes cut it in two."""
+    cells = _csv_cells(file)
+    _, header = next(cells, ("", []))
+    if duplicates := {name for name in header if header.count(name) > 1}:
+        raise SuiteError(f"{file}: its header has {', '.join(sorted(duplicates))} twice; leave one")
+    for number, (_, row) in enumerate(cells, start=1):
+        where = f"{file}, row {number}"
+        if len(row) > len(header):
+            raise SuiteError(f"{where}: has {len(row)} cells under {len(header)} columns; put texts in quotes")
+        yield where, dict(zip(header, row, strict=False))
 
 
 def _bare_rows(file: Path) -> Iterator[LocatedRow]:
-    for number, row in enumerate(csv.reader(io.StringIO(_text(file), newline="")), start=1):
-        if row:
-            yield f"{file}, row {number}", {"prompt": row[0], "category": file.stem}
+    for where, row in _csv_cells(file):
+        yield where, {"prompt": row[0], "category": file.stem}
+
+
+def _csv_cells(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """Where a row stands, and its cells; empty rows are skipped."""
+    rows = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
+    try:
+        for number, row in enumerate(rows, start=1):
+            if row:
+                yield f"{file}, row {number}", row
+    except csv.Error as error:
+        raise SuiteError(f"{file}: line {rows.line_num}: no valid CSV: {error}") from error
 
 
 def _jsonl_rows(file: Path) -> Iterator[LocatedRow]:
-    # Not splitlines(): JSON may hold a bare U+2028 or U+0085, which is not the end of its line.
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if line.strip():
-            yield _object(f"{file}, line {number}", line)
+    for number, row in json_lines(file.read_bytes(), str(file), SuiteError):
+        yield f"{file}: line {number}", row if isinstance(row, dict) else {}
 
 
 def _json_rows(file: Path) -> Iterator[LocatedRow]:
@@ -141,22 +158,12 @@ def _json_rows(file: Path) -> Iterator[LocatedRow]:
     if not text.lstrip().startswith("["):
         yield from _jsonl_rows(file)
         return
-    try:
-        rows: list[Json] = json.loads(text)
-    except ValueError as error:
-        raise SuiteError(f"{file}: no valid JSON: {error}") from error
+    rows = json_value(text, str(file), SuiteError)
+    assert isinstance(rows, list)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise SuiteError(f"{file}, row {number}: must be an object of columns")
         yield f"{file}, row {number}", row
-
-
-def _object(where: str, text: str) -> LocatedRow:
-    try:
-        row: Json = json.loads(text)
-    except ValueError as error:
-        raise SuiteError(f"{where}: no valid JSON: {error}") from error
-    return where, row if isinstance(row, dict) else {}
 
 
 def _parquet_rows(file: Path) -> Iterator[LocatedRow]:
@@ -177,11 +184,8 @@ _FORMATS: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
 
 
 def _text(file: Path) -> str:
-    try:
-        # Not read_text(), which turns every line end inside a prompt into "\n".
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SuiteError(f"{file}: is not UTF-8: {error}") from error
+    # Not read_text(), which turns every line end inside a prompt into "\n".
+    return decode_text(file.read_bytes(), str(file), SuiteError)
 
 
 def one_line(error: Exception) -> str:

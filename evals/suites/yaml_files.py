@@ -9,6 +9,7 @@ import yaml
 
 from fleet.core.errors import SuiteError
 from fleet.core.identity import Json
+from fleet.core.json_lines import decode_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,8 +26,8 @@ def read_yaml(path: Path) -> dict[str, Json]:
         SuiteError: It cannot be read, or is no mapping.
     """
     try:
-        config: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        config: Any = yaml.load(decode_text(path.read_bytes(), str(path), SuiteError), Loader=_Loader)
+    except OSError as error:
         raise SuiteError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise SuiteError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error

@@ -7,7 +7,6 @@ has `prompt`, `chosen` and `rejected`; a task prompt has `prompt` and `response`
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from fleet.core.errors import ManifestError
 from fleet.core.identity import digest
+from fleet.core.json_lines import json_lines
 from fleet.store import open_folder
 
 Row: TypeAlias = Mapping[str, str]
@@ -89,18 +89,11 @@ def parse_rows(what: What, where: str, data: bytes) -> list[Row]:
         where: what messages call the file.
 
     Raises:
-        ManifestError: a line is not JSON, a field is missing, empty or not a string, a preference's two replies are the
-            same, or there is no row.
+        ManifestError: the file is no UTF-8, a line is not JSON, a field is missing, empty or not a string, a
+            preference's two replies are the same, or there is no row.
     """
-    rows: list[Row] = []
-    for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n"), start=1):
-        if line.strip():
-            try:
-                row: object = json.loads(line)
-            except ValueError as e:
-                raise ManifestError(f"{where}: line {number}: not JSON: {e}") from e
-            rows.append(_checked(what, f"{where}: line {number}", row))
-    return _enough(where, rows)
+    lines = json_lines(data, where, ManifestError)
+    return _enough(where, [_checked(what, f"{where}: line {number}", row) for number, row in lines])
 
 
 def held_out(row: Row, share: float) -> bool:

@@ -258,9 +258,12 @@ def test_policy_open_sets_need_no_field(tmp_path: Path) -> None:
         ("advbench", "a.csv", "behaviour,target\nHide my socks,Sure\n", 'row 1: must be an object with a text "goal'),
         ("xstest", "a.csv", "prompt,type\nHow do I beat an egg?,homonyms\n", "no column label"),
         ("harmbench", "a.csv", "prompt,category\nHide my socks,laundry\n", "no column FunctionalCategory"),
-        ("catqa_en", "a.json", '{"Question": "a"\n', "line 1: no valid JSON"),
+        ("catqa_en", "a.json", '{"Question": "a"\n', "line 1: not JSON"),
         ("catqa_en", "a.json", '["a"]', "row 1: must be an object"),
-        ("catqa_en", "a.json", "[", "no valid JSON"),
+        ("catqa_en", "a.json", "[", "not JSON"),
+        ("xstest", "a.csv", "prompt,type,label\nSay hi, please,contrast,safe\n", "row 1: has 4 cells under 3 columns"),
+        ("xstest", "a.csv", "prompt,prompt\na,b\n", "its header has prompt twice"),
+        ("xstest", "a.csv", 'prompt,type,label\n"a,b,safe\n', "line 2: no valid CSV"),
         ("catqa_en", "a.txt", "a", "of no kind that is read; there is .csv, .json, .jsonl, .parquet"),
         ("catqa_en", "a.parquet", "a", "no readable Parquet"),
         ("xstest", "a.csv", "prompt,type,label\nHow do I hide a sock?,contrast,unsafe\n", "holds no prompt"),
@@ -400,3 +403,14 @@ def test_read_files_every_format_gives_the_same_prompts(
     for suffix in ("jsonl", "json", "parquet", "csv"):
         prompts = read_files([folder / f"a.{suffix}"], PLAIN)
         assert [(p.text, p.context) for p in prompts] == [(text, text) for text in texts], suffix
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.json", "a.jsonl"])
+def test_reader_file_in_another_encoding_is_refused_and_a_mark_is_not_text(tmp_path: Path, file: str) -> None:
+    text = {"a.csv": "prompt\nÖl\n", "a.json": '[{"prompt": "Öl"}]', "a.jsonl": '{"prompt": "Öl"}\n'}[file]
+    (tmp_path / file).write_bytes(text.encode("utf-8-sig"))
+    assert [prompt.text for prompt in read_files([tmp_path / file], PLAIN)] == ["Öl"]
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / file).write_bytes(text.encode(encoding))
+        with pytest.raises(SuiteError, match=rf"{file}.*UTF-8"):
+            read_files([tmp_path / file], PLAIN)

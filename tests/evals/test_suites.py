@@ -108,7 +108,7 @@ def test_task_digest_covers_includes_and_functions(tmp_path: Path) -> None:
         ({"rows": ""}, "holds no prompt"),
         ({"rows": '{"prompt": ""}\n'}, "line 1"),
         ({"rows": '{"prompt": "a"}\n{"text": "b"}\n'}, "line 2"),
-        ({"rows": "{\n"}, "no valid JSON"),
+        ({"rows": "{\n"}, "line 1: not JSON"),
     ],
 )
 def test_load_suite_malformed_prompts_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -240,3 +240,10 @@ def test_split_of_one_prompt_refused() -> None:
     for share in (0.1, 0.999999):
         with pytest.raises(ManifestError, match="all rows have one prompt, so none can be held out"):
             split(prompts("a", "a"), share)
+
+
+def test_parse_rows_text_in_another_encoding_is_refused_with_its_line() -> None:
+    row = json.dumps(PAIR | {"prompt": "Öl"}, ensure_ascii=False)
+    with pytest.raises(ManifestError, match=r"^data\.jsonl: line 2: byte 0xd6 is no UTF-8.*save the file as UTF-8"):
+        parse_rows("preferences", "data.jsonl", f"\n{row}".encode("latin-1"))
+    assert parse_rows("preferences", "f", row.encode("utf-8-sig")) == [PAIR | {"prompt": "Öl"}]
