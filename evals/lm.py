@@ -25,6 +25,7 @@ from fleet.core.errors import EvalError
 
 if TYPE_CHECKING:
     from evals.session import Session
+    from evals.turn import Turn
 
 _normalized = cast(Callable[[dict[str, Any], int], Mapping[str, Any]], normalize_gen_kwargs)
 
@@ -39,12 +40,12 @@ class FleetLM(TemplateLM):
     beginning, as in lm-eval's own backends, and are counted in `num_truncated`.
     """
 
-    def __init__(self, session: Session, templated: bool, turn: threading.Lock) -> None:
+    def __init__(self, session: Session, templated: bool, turn: Turn | threading.Lock) -> None:
         """
         Args:
             session: Serves the candidate.
             templated: The evaluator applies the chat template, so texts hold their special tokens already.
-            turn: The lock that the calling thread holds; it is free while the engine works.
+            turn: What the calling thread holds; it is free while the engine works.
         """
         super().__init__()
         self.session = session
@@ -53,7 +54,7 @@ class FleetLM(TemplateLM):
         self.tokenizer = session.tokenizer
         self.num_truncated = 0
         self.completions: dict[tuple[str | None, int | None], Completion] = {}
-        """(task, document) -> the last completion it got."""
+        """(task, document) -> the first completion it got."""
 
     @property
     def eot_token_id(self) -> int:
@@ -86,7 +87,10 @@ class FleetLM(TemplateLM):
         )
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """One completion per request, in order, cut at its stop strings."""
+        """One completion per request, in order, cut at its stop strings.
+
+        A request that a task repeats stands here as often; sampled, each of them is another draw (`Session.generate`).
+        """
         groups: defaultdict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[json.dumps(_arguments(request)[1], sort_keys=True)].append(index)
@@ -105,7 +109,7 @@ class FleetLM(TemplateLM):
                 completions = self.session.generate(contexts, limit, stop, sampling=settings)
             for i, completion in zip(members, completions, strict=True):
                 texts[i] = postprocess_generated_text(completion.text, stop, None)
-                self.completions[requests[i].task_name, requests[i].doc_id] = completion
+                self.completions.setdefault((requests[i].task_name, requests[i].doc_id), completion)
         return texts
 
     def _loglikelihood_tokens(

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,13 +79,16 @@ class Session:
     ) -> list[Completion]:
         """One completion per prompt, in order; greedy unless `sampling` says otherwise.
 
+        What is sampled depends on the prompt and on how often it stands among `prompts` before, not on what else is
+        asked, in which order or batch (`sample_seed`).
+
         Args:
             prompts: Texts, or token ids ready for the model.
             max_tokens: Longest completion, for all prompts or one number each.
             stop: The completion ends before the first of these strings.
             templated: Whether texts already hold their special tokens (`chat_prompt`).
             sampling: Further fields of vLLM's SamplingParams (temperature, top_p, …); with `logprobs` completions tell
-                those of their first token.
+                those of their first token. A `seed` takes the place of the engine's.
 
         Raises:
             EvalError: A prompt leaves no room for its completion, or a completion is missing or aborted.
@@ -93,8 +99,10 @@ class Session:
         token_ids = [self.encode(p, templated) if isinstance(p, str) else list(p) for p in prompts]
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
         settings: dict[str, Any] = {"temperature": 0.0, "seed": self.options.seed, **(sampling or {})}
+        seed = settings.pop("seed")
+        seeds = _sample_seeds(seed, token_ids) if settings["temperature"] else [seed] * len(prompts)
         params: list[SamplingParams] = []
-        for ids, limit in zip(token_ids, limits, strict=True):
+        for ids, limit, own_seed in zip(token_ids, limits, seeds, strict=True):
             if len(ids) + limit > self.options.max_model_len:
                 raise EvalError(
                     f"a prompt of {len(ids)} tokens and its {limit} new ones exceed max_model_len "
@@ -107,6 +115,7 @@ class Session:
                     stop_token_ids=self._stop_token_ids,
                     spaces_between_special_tokens=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
+                    seed=own_seed,
                     **settings,
                 )
             )
@@ -147,6 +156,27 @@ class Session:
             if len(output.outputs) != 1 or not output.finished:
                 raise EvalError(f"a prompt of {len(ids)} tokens got {len(output.outputs)} completions")
         return outputs
+
+
+def sample_seed(seed: int, token_ids: Sequence[int], repeat: int) -> int:
+    """The seed of one sampled completion, from 0 to 2**63 - 1: another one for every prompt and repeat.
+
+    Args:
+        seed: Of all.
+        token_ids: The prompt.
+        repeat: How many completions of the same prompt come before this one.
+    """
+    text = json.dumps([seed, list(token_ids), repeat])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _sample_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[int]:
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds: list[int] = []
+    for ids in prompts:
+        seeds.append(sample_seed(seed, ids, seen[tuple(ids)]))
+        seen[tuple(ids)] += 1
+    return seeds
 
 
 def _completion(output: RequestOutput) -> Completion:

@@ -22,7 +22,8 @@ from evals.lm import FleetLM
 from evals.logs import EvalLog
 from evals.replicas import Replica
 from evals.session import Session
-from evals.suites import Suite, load_suite
+from evals.suites import Suite, TaskPart, load_suite
+from evals.suites.local_data import LocalData
 from fleet.core.errors import EvalError, SuiteError
 from tests import pico
 
@@ -665,10 +666,12 @@ def test_run_task_lm_eval_refuses_is_a_suite_error(
     with pytest.raises(SuiteError, match="no_such_field"):
         run_task(session, load_suite(path))
     path = write_task(tmp_path, "toy_choice", CHOICE_TASK + "unsafe_code: true\n", [{"q": "a", "a": 0}])
-    # Planning refuses it by its file; a group of lm-eval's may still hold one.
+    # Planning refuses it by its file; a class of lm-eval's may still say so itself.
+    data = LocalData("json", {"test": (tmp_path / "toy_choice.jsonl",)})
+    part = TaskPart("toy_choice", (path,), {}, data)
     for _ in range(2):
         with pytest.raises(SuiteError, match="neither is supported"):
-            run_task(session, Suite("toy_choice", "task", "sha256:unsafe", path))
+            run_task(session, Suite("toy_choice", "task", "sha256:unsafe", path, parts=(part,)))
 
 
 def test_generate_stops_where_the_candidates_own_files_say(
@@ -693,3 +696,50 @@ def test_template_of_a_task_is_compiled_once_for_all_its_documents() -> None:
     before = compiled.cache_info().misses
     assert [apply_template("{{x}} of a template seen here alone", {"x": i})[0] for i in range(3)] == ["0", "1", "2"]
     assert compiled.cache_info().misses == before + 1
+
+
+def test_generate_until_sampled_repeats_differ_and_order_changes_nothing(
+    serve: Serve, candidates: dict[str, ServedModel]
+) -> None:
+    lm = fleet_lm(serve(candidates["aligned"]))
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 2.0}
+    requests = instances([(prompt, settings) for prompt in PROMPTS])
+    texts = lm.generate_until([request for request in requests for _ in range(4)])
+    draws = [texts[i : i + 4] for i in range(0, 16, 4)]
+    assert all(len(set(four)) == 4 for four in draws)
+    again = lm.generate_until([request for request in requests[::-1] for _ in range(4)])
+    assert [again[i : i + 4] for i in range(0, 16, 4)] == draws[::-1]
+    assert lm.generate_until(requests[2:3]) == draws[2][:1]
+
+
+@pytest.mark.parametrize("limit", [3, 0.3])
+def test_run_task_within_a_limit_asks_some_as_the_whole_would_be_asked(
+    serve: Serve, candidates: dict[str, ServedModel], tmp_path: Path, limit: float
+) -> None:
+    session = serve(candidates["aligned"])
+    rows = [{"q": f"q{i}", "a": f"a{i}"} for i in range(10)]
+    suite = load_suite(write_task(tmp_path, "toy_generate", f"{GENERATE_TASK}\nnum_fewshot: 2\n", rows))
+    whole, some = run_task(session, suite, chat=False), run_task(session, suite.limited(limit), chat=False)
+    assert len(some.samples) == 3 and some.settings["num_whole"] == 10
+    assert all(sample in whole.samples for sample in some.samples)
+    assert [s.id for s in some.samples] == [
+        s.id for s in whole.samples if s.id in sorted(s.id for s in whole.samples)[:3]
+    ]
+    assert run_task(session, suite.limited(limit), chat=False) == some
+    assert "num_whole" not in whole.settings
+
+
+def test_run_task_group_is_all_its_tasks_together_and_a_limit_is_of_all(
+    serve: Serve, candidates: dict[str, ServedModel], tmp_path: Path
+) -> None:
+    session = serve(candidates["aligned"])
+    for name in ("first", "second"):
+        text = GENERATE_TASK.replace("toy_generate", name)
+        write_task(tmp_path, name, text, [{"q": f"{name}{i}", "a": "x"} for i in range(4)])
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [first, second]\n")
+    suite = load_suite(tmp_path / "both.yaml")
+    log = run_task(session, suite, chat=False)
+    assert [s.prompt for s in log.samples] == [f"{name}{i}" for name in ("first", "second") for i in range(4)]
+    limited = run_task(session, suite.limited(3), chat=False)
+    assert len(limited.samples) == 3 and limited.settings["num_whole"] == 8
+    assert run_task(session, suite.limited(1), chat=False).rate.denominator == 1
