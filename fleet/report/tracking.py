@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 
+from evals.suites.names import tracked_name
 from fleet.core.errors import InputError, TrackingError
 from fleet.core.identity import Json
 from fleet.report.files import report_files
@@ -192,7 +193,8 @@ class Tracker:
         evidence = {"reasons": row.reasons, "samples": {s.suite: s.samples for s in row.scores}}
         self._text(run_id, "evidence.json", json.dumps(evidence, indent=1))
         for record in records:
-            self._text(run_id, f"records/{record.kind}.{record.name}.json", to_bytes(record).decode())
+            name = tracked_name(f"{record.kind}.{record.name}")
+            self._text(run_id, f"records/{name}.json", to_bytes(record).decode())
         for name, value in tags.items():  # in a run that was there already, they may be older ones
             self._client.set_tag(run_id, name, value)
         self._client.set_terminated(run_id)
@@ -302,8 +304,8 @@ class _Registry:
 
 
 def metric_prefix(kind: str, suite: str) -> str:
-    """What the names of a suite's metrics begin with. MLflow allows no `+`, which stands before a template's name."""
-    return f"{kind}.{suite.replace('+', '.')}"
+    """What the names of a suite's metrics begin with: its name, as far as MLflow takes it (`evals.suites.names`)."""
+    return f"{kind}.{tracked_name(suite)}"
 
 
 def _metrics(row: CandidateRow) -> dict[str, float]:

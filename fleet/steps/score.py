@@ -16,6 +16,7 @@ from evals.logs import EvalLog, read_samples, sample_ids
 from evals.rates import Rate
 from evals.sequential import SequentialDecision, decide
 from evals.suites import Suite, read_prompts
+from evals.suites.names import shortened
 from fleet.core.identity import KEY_DIGITS, Json, digest
 from fleet.steps.base import Counted, NextUnit, Step, UnitList, Walk
 from fleet.steps.context import PlanContext, literals
@@ -78,7 +79,7 @@ class ScoreStep(Step):
             scored = weights.name
         return context.add(
             cls(
-                name=f"{scored}.{Path(suite.name).stem}",
+                name=shortened(f"{scored}.{Path(suite.name).stem}"),
                 spec=spec,
                 inputs=inputs,
                 deps=(weights,) if isinstance(weights, Step) else (),
