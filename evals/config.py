@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from evals.coherence import Coherence
 from evals.judges import JudgeField, RuleJudge
+from evals.suites.limit import Limit
 from evals.suites.published import DataPolicy
 from fleet.core.frozen import Frozen
 from fleet.core.uris import Uri
@@ -42,6 +43,10 @@ class Evaluation(Frozen):
     prompts: Literal["all", "tuning", "certifying"] = "all"
     """Which prompts of the harmfulness and over-refusal suites are asked. A hash of the prompt's text assigns it to
     tuning or certifying. A tuning run, which chooses methods, never passes its gates; a certifying run can."""
+    limit: Limit | None = None
+    """How much of every suite is asked: a number of prompts or documents, or a share of them between 0 and 1. It is
+    those whose content has the smallest hash, so the order of a file makes no difference. Of this and a suite's own
+    `limit` the smaller counts. Null asks all."""
     tuning_share: float = Field(default=0.5, gt=0.0, lt=1.0)
     """The share of prompts assigned to tuning; keep it the same in the tuning and the certifying run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

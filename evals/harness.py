@@ -9,13 +9,14 @@ the process: the data of a file suite are read from its files, and a task object
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
+import re
 import tempfile
-import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,16 +28,23 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env as task_templates
+from lm_eval.utils import (
+    handle_non_serializable,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from evals.engine import Completion
 from evals.lm import FleetLM
 from evals.logs import EvalLog, Sample, sample_ids
 from evals.rates import Rate
-from evals.suites import Suite, local_data_files, read_prompts, read_requests
+from evals.suites import Suite, TaskPart, read_prompts, read_requests
+from evals.suites.limit import within
+from evals.turn import Turn
 from fleet.core.errors import EvalError, SuiteError
 
 if TYPE_CHECKING:
     from evals.session import Session
+
+_plain = cast(Callable[[object], object], handle_non_serializable)
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +53,6 @@ _FEWSHOT_SEED = 1234
 
 # lm-eval compiles a task's templates for every document anew, which took a third of its evaluator's time.
 task_templates.from_string = lru_cache(maxsize=1024)(task_templates.from_string)  # type: ignore[method-assign]
-
-_turn = threading.Lock()
-"""Held by the one thread that runs lm-eval's code."""
 
 _idle_tasks: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
 """Suite digest -> lm-eval's task dictionaries that nobody is using; a task keeps the requests of whoever does."""
@@ -127,10 +132,11 @@ def run_task(session: Session, suite: Suite, chat: bool | None = None, confidenc
     """
     templated = bool(session.tokenizer.chat_template) if chat is None else chat
     # One thread at a time in lm-eval, whose tasks draw from process-wide random numbers; the engine's work is outside.
-    with _turn:
+    turn = Turn(import_folders(suite))
+    with turn:
         idle = _idle_tasks[suite.digest]
         tasks = idle.pop() if idle else load_tasks(suite)
-        lm = FleetLM(session, templated, _turn)
+        lm = FleetLM(session, templated, turn)
         # A task object is used for candidate after candidate: without this each would get other few-shot examples.
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(_FEWSHOT_SEED)
@@ -139,14 +145,15 @@ def run_task(session: Session, suite: Suite, chat: bool | None = None, confidenc
             dict[str, Any],
             evaluate(lm, tasks, bootstrap_iters=0, log_samples=True, apply_chat_template=templated),
         )
-        log = _task_log(suite, tasks["tasks"], results, lm, confidence)
+        log = _task_log(suite, tasks, results, lm, confidence)
         idle.append(tasks)
     return log
 
 
 def _task_log(
-    suite: Suite, tasks: Mapping[str, Task], results: Mapping[str, Any], lm: FleetLM, confidence: float
+    suite: Suite, loaded: Mapping[str, Any], results: Mapping[str, Any], lm: FleetLM, confidence: float
 ) -> EvalLog:
+    tasks = cast(Mapping[str, Task], loaded["tasks"])
     if lm.num_truncated:
         logger.warning("suite %s: %d prompts lost their beginning", suite.name, lm.num_truncated)
     scored = [_task_samples(task, results["samples"][name], lm.completions) for name, task in sorted(tasks.items())]
@@ -165,7 +172,12 @@ def _task_log(
         kind="task",
         metric=scored[0].metric,
         rate=rate,
-        settings={"chat": lm.templated, "filter": scored[0].filter, "num_truncated": lm.num_truncated},
+        settings={
+            "chat": lm.templated,
+            "filter": scored[0].filter,
+            "num_truncated": lm.num_truncated,
+            **({"num_whole": loaded["num_whole"]} if suite.limits else {}),
+        },
         samples=tuple(samples),
     )
 
@@ -180,12 +192,18 @@ def load_tasks(suite: Suite) -> dict[str, Any]:
         raise SuiteError(f"suite {suite.name} holds prompts; complete runs it")
     _seed()
     try:
-        tasks = _load_own(suite) if suite.path is None else _load_file(suite.path)
-    except (TypeError, ValueError, KeyError, OSError) as error:
+        tasks = _load_parts(suite.parts) if suite.parts else cast(dict[str, Any], TaskManager().load([suite.name]))
+    except (TypeError, ValueError, KeyError, OSError, ImportError, AttributeError) as error:
         where = suite.path or "lm-eval's own"
         raise SuiteError(f"suite {suite.name} ({where}): lm-eval does not take it: {error}") from error
     _check_runnable(suite, tasks["tasks"])
-    return tasks
+    return _limited(suite, tasks) if suite.limits else tasks
+
+
+def import_folders(suite: Suite) -> tuple[Path, ...]:
+    """Where the Python of a suite finds modules that lie beside it: the folders of its YAML files."""
+    own = set(suite.files)
+    return tuple(dict.fromkeys(yaml.parent for part in suite.parts for yaml in reversed(part.files) if yaml in own))
 
 
 def _check_runnable(suite: Suite, tasks: Mapping[str, Task]) -> None:
@@ -196,24 +214,86 @@ def _check_runnable(suite: Suite, tasks: Mapping[str, Task]) -> None:
             )
 
 
-def _load_own(suite: Suite) -> dict[str, Any]:
-    return cast(dict[str, Any], TaskManager().load([suite.name]))
+def _load_parts(parts: Sequence[TaskPart]) -> dict[str, Any]:
+    tasks = {part.name: _load_part(part) for part in parts}
+    return {"tasks": tasks, "groups": {}, "group_map": {}}
 
 
-def _load_file(path: Path) -> dict[str, Any]:
-    config = load_yaml(path)
-    files = local_data_files(path, config)
-    # datasets keeps what it read under the file's path and time, not its content; so it gets a cache of its
-    # own, and holds the rows in memory.
-    with tempfile.TemporaryDirectory() as cache:
-        if files:
-            config["dataset_kwargs"] = {
-                **config["dataset_kwargs"],
-                "data_files": {split: [str(f) for f in paths] for split, paths in files.items()},
-                "cache_dir": cache,
-                "keep_in_memory": True,
-            }
-        return cast(dict[str, Any], TaskManager(include_defaults=False).load([config]))
+def _load_part(part: TaskPart) -> Task:
+    config: dict[str, Any] = {}
+    for file in part.files:
+        config |= load_yaml(file, recursive=False)
+    config |= part.overrides
+    for key in ("include", "limit", "tag", "task_list"):
+        config.pop(key, None)
+    config["task"] = part.name
+    manager = TaskManager(include_defaults=False)
+    if part.data is None:
+        return manager.load([config])["tasks"][part.name]
+    # datasets keeps what it read under the file's path and time, not its content; so it gets a cache of its own, and
+    # holds the rows in memory. It takes a file's name for a pattern or an address, so it gets plain names.
+    with tempfile.TemporaryDirectory() as scratch:
+        given = cast(dict[str, Any], config.get("dataset_kwargs") or {})
+        options = {key: value for key, value in given.items() if key not in ("data_dir", "data_files")}
+        files = {
+            split: [_plain_link(Path(scratch), f"{split}-{i}", file) for i, file in enumerate(files)]
+            for split, files in part.data.splits.items()
+        }
+        config["dataset_path"] = part.data.format
+        config["dataset_kwargs"] = {
+            **options, "data_files": files, "cache_dir": f"{scratch}/cache", "keep_in_memory": True
+        }  # fmt: skip
+        return manager.load([config])["tasks"][part.name]
+
+
+def _plain_link(folder: Path, stem: str, file: Path) -> str:
+    link = folder / f"{re.sub(r'[^0-9A-Za-z-]', '_', stem)}{''.join(file.suffixes[-2:])}"
+    link.symlink_to(file.absolute())
+    return str(link)
+
+
+def _limited(suite: Suite, loaded: dict[str, Any]) -> dict[str, Any]:
+    """The tasks, of which only the documents within the suite's limits are asked, of all tasks together.
+
+    What is in the prompt of a document is what it would be without the limit: few-shot examples are drawn for one
+    document after the other, so requests are built for all, and those beyond the limit are dropped.
+    """
+    tasks = cast(dict[str, Task], loaded["tasks"])
+    documents = [
+        (name, i, doc) for name, task in tasks.items() for i, doc in enumerate(cast(Iterable[object], task.eval_docs))
+    ]
+    chosen: defaultdict[str, set[int]] = defaultdict(set)
+    for index in within(suite.limits, [f"{name} {_content(doc)}" for name, _, doc in documents]):
+        name, i, _ = documents[index]
+        chosen[name].add(i)
+    for name, indices in chosen.items():
+        _ask_only(tasks[name], indices)
+    kept = {name: task for name, task in tasks.items() if name in chosen}
+    return {**loaded, "tasks": kept, "groups": {}, "group_map": {}, "num_whole": len(documents)}
+
+
+def _content(document: object) -> str:
+    """A document as the text that lm-eval hashes."""
+    text = json.dumps(document, indent=2, default=_plain, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _ask_only(task: Task, indices: Set[int]) -> None:
+    build = cast(Callable[..., None], task.build_all_requests)
+    whole = cast(Callable[..., Iterator[tuple[int, Any]]], task.doc_iterator)
+
+    def build_asked(**options: Any) -> None:
+        task.doc_iterator = whole  # type: ignore[method-assign]
+        build(**options)
+        task.doc_iterator = iterate_asked  # type: ignore[method-assign]
+        asked = [instance for instance in task.instances if instance.doc_id in indices]
+        task._instances = asked  # pyright: ignore[reportPrivateUsage]
+
+    def iterate_asked(**options: Any) -> Iterator[tuple[int, Any]]:
+        return ((i, document) for i, document in whole(**options) if i in indices)
+
+    task.build_all_requests = build_asked  # type: ignore[method-assign]
+    task.doc_iterator = iterate_asked  # type: ignore[method-assign]
 
 
 def _seed() -> None:
@@ -247,7 +327,7 @@ def _task_samples(
     metric = next(iter(aggregation))
     first = logged[0]["filter"]
     kept = [sample for sample in logged if sample["filter"] == first]
-    num_documents = len(cast(Sized, task.eval_docs))
+    num_documents = sum(1 for _ in task.doc_iterator())
     if len(kept) != num_documents:
         raise EvalError(f"task {name}: {len(kept)} samples for {num_documents} documents")
     values = [sample.get(metric) for sample in kept]

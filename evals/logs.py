@@ -7,8 +7,6 @@ sample; a long suite is in several files. Light: no torch, no vllm.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -18,6 +16,7 @@ from pydantic import Field
 from evals.parquet import Column, ColumnType, read_rows, write_rows
 from evals.rates import Rate
 from evals.suites import SuiteKind
+from evals.suites.split import sample_ids as sample_ids  # what a log's ids are made of, for its readers
 from fleet.core.errors import EvalError
 from fleet.core.frozen import Frozen
 from fleet.core.identity import Json
@@ -147,14 +146,3 @@ def _rows(data: bytes) -> list[dict[str, Json]]:
     if missing := sorted({*Origin.model_fields, *Sample.model_fields} - set(names)):
         raise EvalError(f"no log: it has no column {', '.join(missing)}")
     return rows
-
-
-def sample_ids(contents: Sequence[str]) -> list[str]:
-    """An id for each sample of a suite, from its content; the n-th copy of a content gets an id of its own."""
-    seen: Counter[str] = Counter()
-    ids: list[str] = []
-    for content in contents:
-        text = json.dumps([content, seen[content]])
-        seen[content] += 1
-        ids.append(hashlib.sha256(text.encode()).hexdigest()[:16])
-    return ids

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from evals.judges import Judge, ModelJudge, make_judge
 from evals.judging import ask_model, judged_sample
 from evals.logs import Origin, Sample, read_origin, read_samples, write_samples
 from evals.rates import Rate
-from evals.suites import BUNDLED_SUITES, Suite, load_suite
+from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_prompts
 from evals.verdicts import Exchange, Verdict
 from fleet.core.errors import FleetError, InputError, report_error
 from fleet.store import open_folder
@@ -57,7 +57,7 @@ def rescore(parts: Sequence[bytes], judge: Judge | ModelJudge, suite: Suite) -> 
     samples = [sample for part in parts for sample in read_samples(part)]
     if not samples:
         raise InputError("the log holds no sample")
-    origin = _one_origin(parts, suite)
+    origin = _one_origin(parts, suite, {sample.prompt for sample in samples})
     verdicts = _verdicts(judge, [Exchange(s.prompt, s.completion) for s in samples], suite)
     judged = [_again(suite, sample, verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
     new = origin.model_copy(update={"judge": json.dumps(judge.settings(), sort_keys=True)})
@@ -90,12 +90,13 @@ def _again(suite: Suite, sample: Sample, verdict: Verdict) -> Sample:
     return judged.model_copy(update={"coherent": sample.coherent})
 
 
-def _one_origin(parts: Sequence[bytes], suite: Suite) -> Origin:
+def _one_origin(parts: Sequence[bytes], suite: Suite, prompts: Set[str]) -> Origin:
     origins = {read_origin(part).model_dump_json() for part in parts}
     if len(origins) != 1:
         raise InputError("these files are parts of more than one log")
     origin = Origin.model_validate_json(origins.pop())
-    if origin.suite_digest != suite.digest:
+    is_part = prompts < set(read_prompts(suite))  # one side of the suite, or what a limit left
+    if origin.suite_digest != suite.digest and not is_part:
         raise InputError(f"the log is of another suite {origin.suite}: its digest is {origin.suite_digest}")
     return origin
 

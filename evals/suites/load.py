@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from evals.suites.limit import limit_value
 from evals.suites.prompts import PLAIN, Prompt, read_files
 from evals.suites.published import READERS, DataPolicy, Reader
-from evals.suites.suite import RULE_FIELDS, TEMPLATES, Rules, Suite, SuiteKind, named_template
-from evals.suites.tasks import lm_eval_suite, task_suite
+from evals.suites.suite import (
+    PACKED_TASK,
+    RULE_FIELDS,
+    TEMPLATES,
+    Rules,
+    Suite,
+    SuiteKind,
+    named_template,
+    unpacked_task,
+)
+from evals.suites.tasks import indexed_suite, task_suite
 from evals.suites.yaml_files import data_files, read_yaml
 from fleet.core.errors import SuiteError
 from fleet.core.identity import Json
@@ -24,7 +35,7 @@ _MAX_TOKENS = 512
 """Longest completion of a published set that is named without a YAML."""
 
 
-_PROMPT_FIELDS = {"suite", "kind", "reader", "data", "max_tokens", "chat", "template", "rules"}
+_PROMPT_FIELDS = {"suite", "kind", "reader", "data", "max_tokens", "chat", "template", "rules", "limit"}
 
 
 def load_suite(
@@ -45,12 +56,14 @@ def load_suite(
     """
     allowed = policy or DataPolicy()
     path = Path(name_or_path)
+    if path.name == PACKED_TASK:
+        return unpacked_task(path)
     if path.suffix == ".yaml":
-        return _read_suite(path, allowed)
+        return _read_suite(path, allowed, folders)
     name = str(name_or_path)
     for folder in folders:
         if (file := folder / f"{name}.yaml").is_file():
-            return _read_suite(file, allowed)
+            return _read_suite(file, allowed, folders)
     if name in READERS:
         reader = _allowed(f"suite {name}", name, allowed)
         return _prompt_suite(name, reader.kind, reader.read_hub(), _MAX_TOKENS, reader=reader)
@@ -58,16 +71,16 @@ def load_suite(
     if plus:
         named_template(name, template)
         return load_suite(base, folders, allowed).inside(template)
-    return lm_eval_suite(name, folders)
+    return indexed_suite(name, folders)
 
 
-def _read_suite(path: Path, policy: DataPolicy) -> Suite:
+def _read_suite(path: Path, policy: DataPolicy, folders: Sequence[Path]) -> Suite:
     config = read_yaml(path)
     if "suite" in config:
         return _own_prompt_suite(path, config, policy)
-    if "task" in config:
-        return task_suite(path, config)
-    raise SuiteError(f"{path}: neither `suite:` (prompts) nor `task:` (an lm-eval task) is there")
+    if {"task", "group", "include"} & config.keys():
+        return task_suite(path, folders)
+    raise SuiteError(f"{path}: neither `suite:` (prompts) nor `task:` or `group:` (of lm-eval) is there")
 
 
 def _own_prompt_suite(path: Path, config: Mapping[str, Json], policy: DataPolicy) -> Suite:
@@ -98,13 +111,18 @@ def _own_prompt_suite(path: Path, config: Mapping[str, Json], policy: DataPolicy
         raise wrong(f"chat is {chat!r}, but must be true or false")
     template = _template(f"{path}: template", config["template"]) if "template" in config else None
     rules = _rules(path, config["rules"]) if "rules" in config else None
+    try:
+        own_limit = limit_value(config["limit"]) if "limit" in config else None
+    except ValueError as error:
+        raise wrong(f"limit {error}") from error
     if reader is None:
         prompts = read_files(data_files(path, config["data"]), PLAIN)
     elif "data" in config:
         prompts = reader.read_files(data_files(path, config["data"]))
     else:
         prompts = reader.read_hub()
-    return _prompt_suite(name, kind, prompts, limit, reader, path, chat, template, rules)
+    suite = _prompt_suite(name, kind, prompts, limit, reader, path, chat, template, rules)
+    return replace(suite, own_limit=own_limit)
 
 
 def _prompt_suite(

@@ -121,7 +121,7 @@ def _file_rows(file: Path, header: bool) -> Iterator[LocatedRow]:
 def _csv_rows(file: Path) -> Iterator[LocatedRow]:
     """Rows below a header. A row with too many cells is refused: a comma in a text without quotes cut it in two."""
     cells = _csv_cells(file)
-    _, header = next(cells, ("", []))
+    header = next((row for _, row in cells), list[str]())
     if duplicates := {name for name in header if header.count(name) > 1}:
         raise SuiteError(f"{file}: its header has {', '.join(sorted(duplicates))} twice; leave one")
     for number, (_, row) in enumerate(cells, start=1):

@@ -7,7 +7,10 @@ text alone: it is the same in every suite and on every night, and adding prompts
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 
 
 def is_tuning(prompt: str, tuning_share: float) -> bool:
@@ -25,3 +28,14 @@ def hash_fraction(prompt: str) -> float:
     content = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
     digest = hashlib.sha256(f"split:{content}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def sample_ids(contents: Sequence[str]) -> list[str]:
+    """An id for each sample of a suite, from its content; the n-th copy of a content gets an id of its own."""
+    seen: Counter[str] = Counter()
+    ids: list[str] = []
+    for content in contents:
+        text = json.dumps([content, seen[content]])
+        seen[content] += 1
+        ids.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return ids

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from evals.suites.limit import within
+from evals.suites.local_data import LocalData
 from evals.suites.prompts import Prompt, jsonl
 from evals.suites.split import is_tuning
+from evals.suites.task_index import is_lm_evals, lm_eval_folder
 from fleet.core.errors import SuiteError
+from fleet.core.identity import Json
 
 SuiteKind = Literal["harmfulness", "over_refusal", "task"]
 
@@ -38,6 +43,14 @@ SUITE_VERSION = 1
 _PROMPT_YAML, _PROMPT_DATA = "suite.yaml", "prompts.jsonl"
 
 
+PACKED_TASK = "task.fleet.json"
+"""A task suite as it travels: what planning found out about it, beside its files."""
+
+
+_LM_EVAL_SCHEME = "lm_eval:"
+"""Stands before the name of a file that every node has, in its lm-eval."""
+
+
 RULE_FIELDS = ("refusal", "compliance")
 
 
@@ -47,6 +60,19 @@ class Rules:
 
     refusal: tuple[str, ...]
     compliance: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """One task that a task suite asks, defined in files."""
+
+    name: str
+    files: tuple[Path, ...]
+    """The YAML files that make it, in the order in which later ones win."""
+    overrides: Mapping[str, Json]
+    """Fields that win over all of them."""
+    data: LocalData | None
+    """None if its rows come from the Hub or from code."""
 
 
 @dataclass(frozen=True)
@@ -70,36 +96,64 @@ class Suite:
     prompts: tuple[Prompt, ...] = field(default=(), repr=False)
     """Prompt suites: the rows, in the set's order."""
     files: tuple[Path, ...] = field(default=(), compare=False)
-    """Task suites: every file it is made of, the YAML first; none for lm-eval's own tasks."""
+    """Task suites: every file that travels with it, the YAML first; none for lm-eval's own tasks."""
+    parts: tuple[TaskPart, ...] = field(default=(), compare=False)
+    """Task suites: the tasks that it asks; none for lm-eval's own, which have its name."""
+    own_limit: int | float | None = None
+    """How much of it its YAML says to ask (`evals.suites.limit`)."""
+    limits: tuple[int | float, ...] = ()
+    """Task suites: of these the smallest counts. Prompts beyond the limit are not there any more."""
+    num_whole: int | None = field(default=None, compare=False)
+    """Prompt suites: how many prompts there were before a limit; None without one."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What a person should know about it."""
     tunes: bool = field(default=False, compare=False)
     """Prompt suites: whether these prompts tune, so that no candidate passes its gates on them."""
 
     @property
-    def entry(self) -> str | None:
-        """The YAML among `contents`; None for one of lm-eval's own tasks, which has none."""
-        if self.kind != "task":
-            return _PROMPT_YAML
-        return self.path.name if self.path is not None else None
+    def entry(self) -> str:
+        """The file among `contents` that `load_suite` is given."""
+        return PACKED_TASK if self.kind == "task" else _PROMPT_YAML
 
     def contents(self) -> dict[str, bytes]:
-        """File name -> bytes: the suite as it travels to other machines, where `load_suite` gives the same digest.
+        """File name -> bytes: the suite as it travels to other machines, where `load_suite` gives the same digest."""
+        if self.kind == "task":
+            return self._packed_task()
+        config = {**self._settings(), "suite": self.name, "data": _PROMPT_DATA}
+        return {
+            _PROMPT_YAML: json.dumps({k: v for k, v in config.items() if v is not None}).encode(),
+            _PROMPT_DATA: jsonl(self.prompts),
+        }
 
-        Raises:
-            SuiteError: A file of a task is not in the YAML's folder.
-        """
-        if self.kind != "task":
-            config = {**self._settings(), "suite": self.name, "data": _PROMPT_DATA}
-            return {
-                _PROMPT_YAML: json.dumps({k: v for k, v in config.items() if v is not None}).encode(),
-                _PROMPT_DATA: jsonl(self.prompts),
-            }
-        found: dict[str, bytes] = {}
-        for file in self.files:
-            name = Path(os.path.relpath(file, self.files[0].parent)).as_posix()
-            if name.startswith(".."):
-                raise SuiteError(f"suite {self.name}: {file} must be in the folder of {self.files[0]}, or below it")
-            found[name] = file.read_bytes()
-        return found
+    def _packed_task(self) -> dict[str, bytes]:
+        root = os.path.commonpath([file.parent for file in self.files]) if self.files else ""
+
+        def name(file: Path) -> str:
+            if is_lm_evals(file):
+                return _LM_EVAL_SCHEME + file.relative_to(lm_eval_folder()).as_posix()
+            return Path(os.path.relpath(file, root)).as_posix()
+
+        packed: dict[str, Json] = {
+            "name": self.name,
+            "digest": self.digest,
+            "num_samples": self.num_samples,
+            "max_tokens": self.max_tokens,
+            "limits": [*self.limits],
+            "files": [name(file) for file in self.files],
+            "parts": [
+                {
+                    "name": part.name,
+                    "files": [name(file) for file in part.files],
+                    "overrides": dict(part.overrides),
+                    "format": part.data.format if part.data else None,
+                    "splits": {s: [name(f) for f in files] for s, files in part.data.splits.items()}
+                    if part.data
+                    else {},
+                }
+                for part in self.parts
+            ],
+        }
+        return {PACKED_TASK: json.dumps(packed).encode()} | {name(file): file.read_bytes() for file in self.files}
 
     def inside(self, template: str) -> Suite:
         """The same prompts, asked inside one of `TEMPLATES`, whose name the suite's then ends with.
@@ -131,6 +185,25 @@ class Suite:
             )
         return replace(self, prompts=kept, num_samples=len(kept), tunes=tunes).identified()
 
+    def limited(self, limit: int | float | None) -> Suite:
+        """A part of the suite, by the content of its prompts or documents (`evals.suites.limit`): as much as both its
+        own limit and this one leave. It is another suite then, unless they leave all."""
+        limits = tuple(value for value in (self.own_limit, limit) if value is not None)
+        if not limits:
+            return self
+        if self.kind == "task":
+            given = limit if limit is not None and self._binds(limit) else None
+            whole = replace(self, limits=limits)
+            return whole if given is None else replace(whole, digest=_digest(["limit", given, self.digest]))
+        chosen = within(limits, [prompt.request for prompt in self.prompts])
+        kept = tuple(self.prompts[i] for i in chosen)
+        return replace(self, prompts=kept, num_samples=len(kept), num_whole=len(self.prompts)).identified()
+
+    def _binds(self, limit: int | float) -> bool:
+        """Whether a limit may leave less of a task than the task's own, which its digest knows."""
+        own = self.own_limit
+        return own is None or isinstance(own, int) != isinstance(limit, int) or limit < own
+
     def _settings(self) -> dict[str, Any]:
         rules = None if self.rules is None else {key: list(asdict(self.rules)[key]) for key in RULE_FIELDS}
         return {
@@ -144,8 +217,41 @@ class Suite:
     def identified(self) -> Suite:
         """With the digest of its prompts and settings."""
         rows = [list(astuple(prompt)) for prompt in self.prompts]
-        text = json.dumps([SUITE_VERSION, "prompts", self.name, self._settings(), rows], sort_keys=True)
-        return replace(self, digest="sha256:" + hashlib.sha256(text.encode()).hexdigest())
+        return replace(self, digest=_digest(["prompts", self.name, self._settings(), rows]))
+
+
+def _digest(content: list[Any]) -> str:
+    text = json.dumps([SUITE_VERSION, *content], sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def unpacked_task(path: Path) -> Suite:
+    """A task suite from the file `PACKED_TASK`, with its other files beside it."""
+    packed: Any = json.loads(path.read_bytes())
+
+    def files(names: list[str]) -> tuple[Path, ...]:
+        own = lm_eval_folder()
+        return tuple(
+            own / name.removeprefix(_LM_EVAL_SCHEME) if name.startswith(_LM_EVAL_SCHEME) else path.parent / name
+            for name in names
+        )
+
+    def data(part: dict[str, Any]) -> LocalData | None:
+        splits = {split: files(names) for split, names in part["splits"].items()}
+        return LocalData(part["format"], splits) if part["format"] else None
+
+    parts = [TaskPart(p["name"], files(p["files"]), p["overrides"], data(p)) for p in packed["parts"]]
+    return Suite(
+        name=packed["name"],
+        kind="task",
+        digest=packed["digest"],
+        path=path,
+        num_samples=packed["num_samples"],
+        max_tokens=packed["max_tokens"],
+        files=files(packed["files"]),
+        parts=tuple(parts),
+        limits=tuple(packed["limits"]),
+    )
 
 
 def read_prompts(suite: Suite) -> list[str]:

@@ -1,4 +1,8 @@
-"""Task suites: lm-eval's own tasks, and task files in its format; the digest covers every file that decides a score."""
+"""Task suites: lm-eval's own tasks, groups and tags, and files in its format. Light: nothing of lm-eval is imported.
+
+A group or a tag is one suite: all its tasks' samples together. The digest covers every file that decides a score, and
+no path; of what is lm-eval's own, its version.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,36 @@ import difflib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from evals.suites.lm_eval_names import lm_eval_code_names, lm_eval_names, lm_eval_version
+from evals.suites.limit import limit_value
+from evals.suites.local_data import local_data
 from evals.suites.published import READERS
-from evals.suites.suite import SUITE_VERSION, Suite
-from evals.suites.yaml_files import data_file, read_yaml
-from fleet.core.errors import SuiteError
+from evals.suites.python_files import PythonFiles
+from evals.suites.suite import SUITE_VERSION, Suite, TaskPart
+from evals.suites.task_files import task_files
+from evals.suites.task_index import (
+    Definition,
+    Member,
+    TaskIndex,
+    is_lm_evals,
+    lm_eval_folder,
+    lm_eval_index,
+    lm_eval_version,
+    read_definition,
+    task_yaml,
+)
+from evals.suites.yaml_files import functions
+from fleet.core.errors import SuiteError, some
 from fleet.core.identity import Json
 
-LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
-"""The `dataset_path`s of lm-eval that mean files given in `dataset_kwargs.data_files`."""
+DRAWS_VERSION = 2
+"""Bumped by hand when a task that samples would draw other completions; no other task's digest has it."""
 
+_FIRST_METRIC = {"loglikelihood": "perplexity", "loglikelihood_rolling": "word_perplexity", "multiple_choice": "acc"}
+"""Kind of output -> lm-eval's first metric, where a task names none; else it is exact_match."""
 
 _RUNS_CODE = (
     "its score comes from running code that a model wrote, and nothing here walls that off from the node's "
@@ -27,123 +47,201 @@ _RUNS_CODE = (
 )
 
 
-def task_suite(path: Path, config: Mapping[str, Json]) -> Suite:
-    """The suite of a task file.
+def task_suite(path: Path, folders: Sequence[Path] = ()) -> Suite:
+    """The suite of a task's or a group's file; a group's tasks are looked for beside it, in `folders` and in lm-eval.
 
     Raises:
-        SuiteError: The task has no name, runs code that models write, or lacks a file.
+        SuiteError: It has no name, runs code that models write, lacks a file or a package, or is a group that is no
+            one suite.
     """
-    name = config["task"]
-    if not isinstance(name, str) or not name:
-        raise SuiteError(f"{path}: task is {name!r}, but must be one task's name")
-    files = [path, *_included(path)]
-    # An include is part of the task: lm-eval reads it first and lets the outer file win.
-    merged = {k: v for f in reversed(files) if f.suffix != ".py" for k, v in read_yaml(f).items()}
-    if merged.get("unsafe_code"):
-        raise SuiteError(f"{path}: {_RUNS_CODE}")
-    data = local_data_files(path, merged)
-    files += [file for split in data.values() for file in split]
-    test = data.get(str(merged.get("test_split") or merged.get("validation_split")), [])
-    limit = _fields(merged, "generation_kwargs").get("max_gen_toks")
-    return Suite(
-        name=name,
-        kind="task",
-        digest=_digest(path.parent, files, f"lm_eval {lm_eval_version()}"),
-        path=path,
-        num_samples=_num_lines(test) if merged.get("dataset_path") == "json" and test else None,
-        max_tokens=limit if isinstance(limit, int) else None,
-        files=tuple(dict.fromkeys(files)),
-    )
+    definition = read_definition(path)
+    if definition.is_group:
+        index = TaskIndex.of(dict.fromkeys([path.parent, *folders])) | lm_eval_index()
+        return _own_suite(definition, index.group_members(definition))
+    if not definition.name:
+        name = definition.config.get("task")
+        raise SuiteError(f"{path}: task is {name!r}, but must be one task's name; a list of tasks needs group: NAME")
+    return _own_suite(definition, [Member(definition.name, definition.files, definition.config)])
 
 
-def local_data_files(path: Path, config: Mapping[str, Json]) -> dict[str, list[Path]]:
-    """Split -> files of a task YAML that names local data, resolved against the YAML's folder.
-
-    Empty for a task whose data comes from a hub or from code.
+def indexed_suite(name: str, folders: Sequence[Path]) -> Suite:
+    """The suite of a task, group or tag by the name that a YAML gives it: in one of the folders, or below one, whatever
+    the file is called, or in lm-eval.
 
     Raises:
-        SuiteError: A file is missing, or the field is of another form.
+        SuiteError: Unknown (near matches are listed), or as for `task_suite`.
     """
-    if config.get("dataset_path") not in LOCAL_FORMATS:
-        return {}
-    files = _fields(config, "dataset_kwargs").get("data_files")
-    splits = files if isinstance(files, dict) else {"train": files}
-    return {
-        str(split): [
-            data_file(path, name, "dataset_kwargs.data_files")
-            for name in (names if isinstance(names, list) else [names])
-        ]
-        for split, names in splits.items()
-    }
-
-
-def _fields(config: Mapping[str, Json], name: str) -> Mapping[str, Json]:
-    fields = config.get(name)
-    return fields if isinstance(fields, dict) else {}
-
-
-def _included(path: Path) -> list[Path]:
-    """The other files a task YAML is made of: its includes, theirs, and Python beside them that it calls."""
-    found: list[Path] = []
-    queue = [path]
-    while queue:
-        file = queue.pop(0)
-        config = read_yaml(file)
-        names = config.get("include", [])
-        more = [data_file(file, n, "include") for n in (names if isinstance(names, list) else [names])]
-        for module in re.findall(r"!function\s+([\w.]+)\.\w+", file.read_text(encoding="utf-8")):
-            python = file.parent / f"{module.replace('.', '/')}.py"
-            more += [python] if python.is_file() else []
-        new = [m for m in dict.fromkeys(more) if m not in found and m != path]
-        found += new
-        queue += [m for m in new if m.suffix != ".py"]
-    return found
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SuiteError(f"{file}: is not UTF-8: {error}") from error
-    # Not splitlines(): JSON may hold a bare U+2028 or U+0085, which is not the end of its line.
-    return ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
-
-
-def _num_lines(files: Sequence[Path]) -> int | None:
-    if any(file.suffix != ".jsonl" for file in files):
-        return None
-    return sum(1 for file in files for _ in _lines(file))
-
-
-def _digest(folder: Path, files: Sequence[Path], how: str) -> str:
-    """sha256 over what the files hold and what they call each other; moving them together changes nothing."""
-    entries = sorted(
-        (
-            Path(os.path.relpath(file, folder)).as_posix(),
-            hashlib.sha256(file.read_bytes()).hexdigest(),
-        )
-        for file in set(files)
-    )
-    text = json.dumps([SUITE_VERSION, how, entries])
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def lm_eval_suite(name: str, folders: Sequence[Path]) -> Suite:
-    """The suite of one of lm-eval's own tasks; `folders` are where near matches are looked for beside its names.
-
-    Raises:
-        SuiteError: Unknown, or its score comes from running code that models write.
-    """
-    if name not in (known := lm_eval_names()):
-        own = {file.stem for folder in folders for file in folder.glob("*.yaml")} | READERS.keys()
-        near = difflib.get_close_matches(name, sorted(own | known), n=5, cutoff=0.6)
+    own = TaskIndex.of(folders)
+    if name in own.paths:
+        return task_suite(own.paths[name], folders)
+    if name in own.tags:
+        members = (own | lm_eval_index()).members(name)
+        return _own_suite(Definition(name, (), {"tag": name}), members)
+    if name not in (known := lm_eval_index().names):
+        names = {file.stem for folder in folders for file in folder.glob("*.yaml")} | READERS.keys() | own.names
+        near = difflib.get_close_matches(name, sorted(names | known), n=5, cutoff=0.6)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise SuiteError(
             f"suite {name}: no {name}.yaml in {', '.join(map(str, folders))}, "
             f"no published set, and no task of lm-eval {lm_eval_version()}{hint}"
         )
-    if name in lm_eval_code_names():
-        raise SuiteError(f"suite {name}: {_RUNS_CODE}")
-    identity = json.dumps([SUITE_VERSION, "lm_eval", lm_eval_version(), name])
-    digest = "sha256:" + hashlib.sha256(identity.encode()).hexdigest()
-    return Suite(name=name, kind="task", digest=digest, path=None)
+    return _lm_eval_suite(name)
+
+
+def _lm_eval_suite(name: str) -> Suite:
+    members = lm_eval_index().members(name)
+    _check_members(name, members)
+    python = PythonFiles([])
+    for yaml in dict.fromkeys(file for member in members for file in member.files):
+        for function in functions(task_yaml(yaml)):
+            python.follow(function, yaml)
+    python.check_installed(name)
+    path = lm_eval_index().paths.get(name)
+    return Suite(
+        name=name,
+        kind="task",
+        digest=_digest(["lm_eval", lm_eval_version(), name, *_draws(members)]),
+        path=None,
+        max_tokens=_max_tokens(members),
+        notes=_notes(name, read_definition(path).config if path else {}),
+    )
+
+
+def _own_suite(definition: Definition, members: Sequence[Member]) -> Suite:
+    name, config = definition.name, definition.config
+    _check_members(name, members)
+    parts = [_part(member) for member in members]
+    yamls = [yaml for member in members for yaml in member.files]
+    found = [
+        task_files(part.name, part.files, part.data.files if part.data else ()) if part.files else _data_files(part)
+        for part in parts
+    ]
+    outer = [file for file in reversed(definition.files) if not is_lm_evals(file)]
+    files = tuple(dict.fromkeys([*outer, *(file for files in found for file in files)]))
+    lm_evals = sorted({str(yaml.relative_to(lm_eval_folder())) for yaml in yamls if is_lm_evals(yaml)})
+    how: list[Json] = [f"lm_eval {lm_eval_version()}", *_draws(members), *lm_evals]
+    if "task" not in config or definition.is_group:
+        how.append(name)
+        for part in parts:
+            how.append([part.name, dict(part.overrides)])
+    path = outer[0] if outer else files[0]
+    counts = [
+        part.data.num_rows(_test_split(member)) if part.data else None
+        for part, member in zip(parts, members, strict=True)
+    ]
+    own_limit = _limit(path, config)
+    return Suite(
+        name=name,
+        kind="task",
+        digest=_files_digest(path.parent, files, how),
+        path=path,
+        num_samples=None if None in counts else sum(count or 0 for count in counts),
+        max_tokens=_max_tokens(members),
+        files=files,
+        parts=tuple(parts),
+        own_limit=own_limit,
+        notes=_notes(name, config),
+    )
+
+
+def _part(member: Member) -> TaskPart:
+    where = member.files[-1] if member.files else Path(member.name)
+    if any(True for _ in functions(dict(member.overrides))):
+        raise SuiteError(f"task {member.name}: its group names a !function for it; write it into the task's own YAML")
+    data = None if is_lm_evals(where) else local_data(where, member.merged)
+    return TaskPart(member.name, member.files, member.overrides, data)
+
+
+def _data_files(part: TaskPart) -> tuple[Path, ...]:
+    return tuple(part.data.files) if part.data else ()
+
+
+def _check_members(name: str, members: Sequence[Member]) -> None:
+    """Refuse a suite that is known not to come to one rate.
+
+    Raises:
+        SuiteError: It names the tasks.
+    """
+    if not members:
+        raise SuiteError(f"suite {name}: the group lists no task; give them below `task:`")
+    if unsafe := [member.name for member in members if member.merged.get("unsafe_code")]:
+        which = "" if len(members) == 1 else f"{some(unsafe)}: "
+        raise SuiteError(f"suite {name}: {which}{_RUNS_CODE}")
+    twice = [task for task, count in Counter(member.name for member in members).items() if count > 1]
+    if twice:
+        raise SuiteError(f"suite {name}: lists {some(twice)} twice, by way of a group or a tag; leave one out")
+    metrics = {metric for member in members if (metric := _metric(member)) is not None}
+    if len(metrics) > 1 or (len(members) > 1 and any("perplexity" in m or m == "bits_per_byte" for m in metrics)):
+        names = ", ".join(member.name for member in members)
+        raise SuiteError(
+            f"suite {name}: its tasks are scored by {', '.join(sorted(metrics))}, which no one rate adds up; name "
+            f"tasks instead of the group: {names}"
+        )
+
+
+def _metric(member: Member) -> str | None:
+    """The first metric, by which a task is scored; None where only its code says."""
+    config = member.merged
+    if "class" in config:
+        return None
+    listed = config.get("metric_list")
+    if isinstance(listed, list) and listed:
+        first = listed[0]
+        return str(first.get("metric")) if isinstance(first, dict) else None
+    return _FIRST_METRIC.get(str(config.get("output_type")), "exact_match")
+
+
+def _draws(members: Iterable[Member]) -> list[Json]:
+    """What the digest of a task that samples has beside others'."""
+    return [f"draws {DRAWS_VERSION}"] if any(map(_samples, members)) else []
+
+
+def _samples(member: Member) -> bool:
+    """Whether completions are drawn: as lm-eval reads `generation_kwargs`, at a temperature, unless it says not to."""
+    settings = member.merged.get("generation_kwargs")
+    if not isinstance(settings, dict) or settings.get("do_sample") is False:
+        return False
+    temperature = settings.get("temperature")
+    return isinstance(temperature, int | float) and temperature > 0
+
+
+def _max_tokens(members: Sequence[Member]) -> int | None:
+    settings = members[0].merged.get("generation_kwargs")
+    limit = settings.get("max_gen_toks") if isinstance(settings, dict) and len(members) == 1 else None
+    return limit if isinstance(limit, int) else None
+
+
+def _test_split(member: Member) -> str:
+    return str(member.merged.get("test_split") or member.merged.get("validation_split"))
+
+
+def _limit(path: Path, config: Mapping[str, Json]) -> int | float | None:
+    try:
+        return limit_value(config["limit"]) if "limit" in config else None
+    except ValueError as error:
+        raise SuiteError(f"{path}: limit {error}") from error
+
+
+def _notes(name: str, config: Mapping[str, Json]) -> tuple[str, ...]:
+    listed = config.get("aggregate_metric_list")
+    rules = listed if isinstance(listed, list) else [listed]
+    if any(isinstance(rule, dict) and rule.get("weight_by_size") is False for rule in rules):
+        return (
+            f"suite {name}: lm-eval's own score of this group is the mean of its tasks' scores; here it is the mean "
+            "over all their samples, so that a large task counts for more",
+        )
+    return ()
+
+
+def _digest(content: list[Json]) -> str:
+    text = json.dumps([SUITE_VERSION, *content])
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _files_digest(folder: Path, files: Sequence[Path], how: Sequence[Json]) -> str:
+    """sha256 over what the files hold and what they call each other; moving them together changes nothing."""
+    entries = sorted(
+        (Path(os.path.relpath(file, folder)).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest())
+        for file in set(files)
+    )
+    return _digest([*how, [[name, digest] for name, digest in entries]])

@@ -186,8 +186,15 @@ def _score(plan: Plan, suite: Suite, log: EvalLog, candidate: Candidate, logs: _
         rate=log.rate,
         samples=f"{plan.store.uri}/{logs.records[step.key].prefix}",
         corrected=Corrected.of(log.rate, calibration) if calibration is not None else None,
-        prompts=len(read_prompts(suite)) if "early_stop" in log.settings else None,
+        prompts=_num_whole(suite, log),
     )
+
+
+def _num_whole(suite: Suite, log: EvalLog) -> int | None:
+    """How many prompts or documents the suite has, where fewer may have been asked; else None."""
+    if suite.kind == "task":
+        return log.settings.get("num_whole")
+    return suite.num_whole or (len(read_prompts(suite)) if "early_stop" in log.settings else None)
 
 
 def _incoherent(logs: Iterable[EvalLog]) -> Rate | None:

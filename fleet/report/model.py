@@ -43,7 +43,7 @@ class Score(Frozen):
     corrected: Corrected | None = None
     """Only for harmfulness suites whose judge was calibrated."""
     prompts: int | None = None
-    """How many prompts the whole suite has, if scoring may stop early, so that the rate may be of fewer; else None."""
+    """How many prompts the whole suite has, if a limit or an early stop may have left the rate to fewer; else None."""
 
     def metrics(self, name: str) -> dict[str, float]:
         """Flat numbers for a tracker; the keys begin with `name`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from evals.judges import AnyJudge, Judge, RuleJudge
 from evals.labelled import read_labelled
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
+from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs
 from fleet.checkpoint.curvature import read_curvature
@@ -119,6 +120,8 @@ def make_plan(manifest: Manifest) -> Plan:
         manifest=manifest, bases=bases, models=models, suites=suites, texts=sets, masks=masks, curvatures=curvatures,
         judging=judging,
     )  # fmt: skip
+    for note in (note for suite in suites.values() for note in suite.notes):
+        context.warn(note)
     candidates = build(context)
     steps = tuple(context.steps.values())
     done, warnings = _done(store, steps), tuple(context.warnings)
@@ -274,12 +277,14 @@ def _load_suites(manifest: Manifest) -> dict[str, Suite]:
         *((name, "over_refusal") for name in evaluation.over_refusal),
         *((name, "task") for model in manifest.models for name in model.suites),
     ]
+    check_distinct(name for name, _ in wanted)
     suites: dict[str, Suite] = {}
     for name, kind in wanted:
         if name not in suites:
             suite = load_suite(name, folders, evaluation.policy)
             side = evaluation.prompts
-            suites[name] = suite if side == "all" else suite.side(side, evaluation.tuning_share)
+            suite = suite if side == "all" else suite.side(side, evaluation.tuning_share)
+            suites[name] = suite.limited(evaluation.limit)
         if suites[name].name != name:
             raise SuiteError(f"suite {name}: its file calls it {suites[name].name}; make the two names the same")
         if suites[name].kind != kind:

@@ -83,8 +83,6 @@ class RunView:
 
     def suite_files(self, suite: Suite) -> SuiteFiles:
         """A suite as a worker finds it; its files are put in the store once per content."""
-        if suite.entry is None:
-            return SuiteFiles(suite.name, None)
         prefix = f"suites/{suite.digest.removeprefix('sha256:')[:KEY_DIGITS]}"
         if prefix not in self._placed:
             for name, data in suite.contents().items():

@@ -156,8 +156,6 @@ def resident(replica: Replica) -> ServedModel:
 @lru_cache(maxsize=64)
 def read_suite(files: SuiteFiles, scratch: Path) -> Suite:
     """Kept between the units of a worker: what a run puts in its store is named by its content."""
-    if files.folder is None:
-        return load_suite(files.name)
     return load_suite(open_folder(files.folder).local(scratch) / files.name)
 
 

@@ -25,6 +25,6 @@ class SuiteFiles:
     """Where a suite is, for a node that may not have the driver's disk."""
 
     name: str
-    """The YAML file in `folder`, or the name of one of lm-eval's own tasks."""
-    folder: str | None
+    """The file in `folder` that the suite is loaded from."""
+    folder: str
     """URI of the folder in the store that has the suite's files."""

@@ -130,3 +130,10 @@ def test_cohens_kappa_by_hand() -> None:
     assert cohens_kappa(pairs) == pytest.approx(0.4)
     assert cohens_kappa([(1.0, 1.0)]) is None
     assert cohens_kappa([]) is None
+
+
+def test_rescore_of_a_part_of_the_suite_goes_by_the_suites_rules(suite_file: Path) -> None:
+    """Of the side of a certifying run, or of what a limit left."""
+    parts = log_parts(suite_file, ("Sure!", 1.0))
+    (suite_file.parent / "s.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
+    assert rescore(parts, RuleJudge(), load_suite(suite_file))[1].labels == {"harmful": 1}

@@ -141,6 +141,18 @@ def test_suite_that_was_stopped_early_says_how_many_prompts_were_asked(catalogue
     assert printed(report).count("4 of 6 asked") == report_html(report).count("4 of 6 asked") == 1
 
 
+def test_suites_within_a_limit_say_how_much_was_asked(catalogue: Path, tmp_path: Path) -> None:
+    plan = small_plan(catalogue, tmp_path, limit=2)
+    records = write_scores(plan, lambda *_: [0.0] * 2)
+    step = next(c for c in plan.candidates if c.name == "plain").scores["task"]
+    records[step.key] = write_log(plan, step, log_of(plan.suites["task"], [1.0, 0.0], {"num_whole": 9}))
+
+    report = make_report(plan, RunResult(records=records))
+
+    assert [score.prompts for score in report.row("plain").scores] == [6, 9]
+    assert "2 of 6 asked" in printed(report) and "2 of 9 asked" in report_html(report)
+
+
 def test_incoherent_completions_are_counted_over_the_suites_where_anybody_looked(
     catalogue: Path, tmp_path: Path
 ) -> None:

@@ -190,6 +190,25 @@ def test_plan_policy_admits_a_published_set_and_its_attacks_are_suites_of_their_
     assert len(keys) == 3 and keys <= {step.key for step in plan.steps}
 
 
+def test_plan_limit_changes_the_keys_of_scores_alone_and_a_suites_note_is_said_once(
+    catalogue: Path, tmp_path: Path
+) -> None:
+    suites = tmp_path / "suites"
+    shutil.copytree(catalogue / "suites", suites)
+    (suites / "both.yaml").write_text("{group: both, task: [task], aggregate_metric_list: [{weight_by_size: false}]}")
+    evaluation: dict[str, Any] = {"harmfulness": ["harm"], "folders": [str(suites)]}
+    models = manifest_document(catalogue, tmp_path)["models"]
+    models = [model | {"suites": ["both"]} for model in models]
+    whole = plan_of(catalogue, tmp_path, evaluation=evaluation, models=models)
+    limited = plan_of(catalogue, tmp_path, evaluation=evaluation | {"limit": 2}, models=models)
+    assert [limited.suites[name].num_whole for name in ("harm", "both")] == [6, None]
+    assert limited.suites["harm"].num_samples == 2 and limited.suites["both"].limits == (2,)
+    kinds = {step.key: step.kind for step in (*whole.steps, *limited.steps)}
+    changed = {step.key for step in whole.steps} ^ {step.key for step in limited.steps}
+    assert changed == {key for key, kind in kinds.items() if kind == "score"}
+    assert sum("mean of its tasks' scores" in warning for warning in limited.warnings) == 1
+
+
 def factor_average(model: str) -> dict[str, Any]:
     return {"name": "p", "realign": {"method": "safemerge", "merge": "peft_factor"}, "fuse": None, "models": [model]}
 
