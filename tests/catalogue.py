@@ -73,12 +73,12 @@ def manifest_document(root: Path, work: Path, **changes: Any) -> dict[str, Any]:
             {"name": "plain", "realign": None, "fuse": {"method": "weight_average"}},
             {
                 "name": "merged",
-                "realign": {"method": "safemerge", "threshold": 0.75},
+                "realign": {"method": "safemerge", "statistic": "lift", "threshold": 0.75},
                 "fuse": {"method": "task_arithmetic", "scale": 0.5},
             },
             {
                 "name": "loras",
-                "realign": {"method": "safemerge", "threshold": 0.75},
+                "realign": {"method": "safemerge", "statistic": "lift", "threshold": 0.75},
                 "models": ["lora", "rslora"],
                 "fuse": {"method": "weight_average"},
             },

@@ -19,6 +19,7 @@ from typing import NamedTuple, cast
 import torch
 from transformers import AutoTokenizer
 
+from fleet.algebra import linalg
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_file_header
@@ -58,6 +59,9 @@ _STATE_FILES = ("a.safetensors", "b.safetensors")
 _BEST_FILE = "best.safetensors"
 _PASS = 16
 """Preference pairs or prompts in a pass without gradients, where `Compute.micro_batch` is None."""
+
+STANDSTILL = 0.01
+"""A mask whose values are on average less than this share of them from their start has learned next to nothing."""
 
 Report = Callable[[dict[str, float]], None]
 """Called after every update and every evaluation with `step` and what was measured."""
@@ -334,12 +338,13 @@ class _Training:
             raise self._no_best()
         if self.best is not None and self.group.rank:
             return NOTHING  # only the first worker needs the best mask's file, and it may still be writing it
-        kept = 0
+        kept, moved = 0, 0.0
 
         def counted() -> Iterator[torch.Tensor]:
-            nonlocal kept
+            nonlocal kept, moved
             for value in self._learned():
                 kept += int((value >= 0).sum())
+                moved += linalg.norm(value - self.task.method.initial_logit) ** 2
                 yield value
 
         prefix = self.task.output.prefix
@@ -348,7 +353,7 @@ class _Training:
             return NOTHING
         data = (json.dumps(self._about(), indent=2, sort_keys=True) + "\n").encode()
         self.store.replace(f"{prefix}/{MASK_JSON}", data)
-        return Trained({MASK_FILE: entry, MASK_JSON: FileEntry.of(data)}, self._result(step, kept))
+        return Trained({MASK_FILE: entry, MASK_JSON: FileEntry.of(data)}, self._result(step, kept, moved))
 
     def _no_best(self) -> StepFailedError:
         if self.spec.divergence_max is None:
@@ -379,21 +384,24 @@ class _Training:
             "rule": "m = hardened(logits) / mean, per tensor; 1 keeps an entry of the task vector, 0 reverts it",
         }
 
-    def _result(self, step: int, kept: int) -> dict[str, Json]:
+    def _result(self, step: int, kept: int, moved: float) -> dict[str, Json]:
         """The record's result.
 
         Args:
             step: updates made.
             kept: logits of at least 0, which a threshold keeps.
+            moved: Σ (x − initial logit)² over all logits.
         """
         total = sum(logits.count for logits in self.model.logits)
         evaluations: list[Json] = [dict(e._asdict()) for e in self.history]
+        warning = standstill(self.task.method.initial_logit, math.sqrt(moved / total))
         return {
             "steps": step,
             "best": dict(self.best._asdict()) if self.best else None,
             "evaluations": evaluations,
             "num_logits": total,
             "share_above_half": kept / total,
+            **({"warning": warning} if warning is not None else {}),
         }
 
 
@@ -414,6 +422,22 @@ def _require_continuation(members: Sequence[MaskedMember], origin: Adapter) -> N
                 f"models: {member.name} did not start from base.safety ({found}), so a factor mask has nothing to "
                 "revert it to; use a mask in product space, or set independent_adapters"
             )
+
+
+def standstill(initial_logit: float, moved: float) -> str | None:
+    """What to say of a mask that is still about what it was before training; None of one that isn't.
+
+    Args:
+        moved: root mean square of how far the logits are from the initial one.
+    """
+    # dm = σ(1 − σ) dx, so m / mean(m) is this far from 1.
+    change = moved / (1.0 + math.exp(initial_logit))
+    if change >= STANDSTILL:
+        return None
+    return (
+        f"the mask is nearly at its start: its values are {change:.2g} of themselves away from it; give it more "
+        "training.steps, or a higher training.learning_rate"
+    )
 
 
 def learning_rate(training: MaskTraining, step: int) -> float:

@@ -172,6 +172,11 @@ class RealignMethod(BaseModel):
         return frozenset()
 
     @property
+    def reads_displacement(self) -> bool:
+        """Whether it uses V, so that it needs the unaligned model."""
+        return self.directions > 0 or not self.needs.isdisjoint(("rho", "projection"))
+
+    @property
     def matched(self) -> RealignMethod | None:
         """For a control, the method whose edit norms it matches; else None."""
         return None
@@ -259,12 +264,12 @@ class RealignMethod(BaseModel):
 class Gated(RealignMethod):
     """A method that edits the modules where a statistic of ΔW and V is below a threshold."""
 
-    statistic: Literal["lift", "rho", "rho_z", "kappa", "cosine"] = "lift"
-    """The statistic that decides: `lift` (null 1 at any shape); the papers' `rho`; `rho_z`, ρ in standard deviations
-    from its null; `kappa`, the share of ‖ΔW‖² in V's `gate_directions` leading directions over its null, so 1 is
+    statistic: Literal["lift", "rho", "rho_z", "kappa", "cosine"] = "rho"
+    """The statistic that decides: the papers' `rho`; `rho_z`, ρ in standard deviations from its null; `lift` (null 1 at
+    any shape); `kappa`, the share of ‖ΔW‖² in V's `gate_directions` leading directions over its null, so 1 is
     indifferent; or `cosine`, below 0 where ΔW undoes what alignment did."""
     threshold: float | None = None
-    """τ: modules below it are edited. By default the statistic's null, or for `rho` the paper's value."""
+    """τ: modules below it are edited. By default the paper's value for `rho`, and the null of any other statistic."""
     gate_directions: int = Field(default=8, ge=1)
     """k of `kappa`: how many of V's leading directions count."""
 
@@ -275,6 +280,10 @@ class Gated(RealignMethod):
     def needs(self) -> frozenset[Need]:
         asked: tuple[Need, ...] = ("rho",) if self.statistic.startswith("rho") else ()
         return frozenset(asked)
+
+    @property
+    def reads_displacement(self) -> bool:
+        return True
 
     @property
     def directions(self) -> int:

@@ -73,6 +73,10 @@ class Control(RealignMethod):
         return self.of.needs
 
     @property
+    def reads_displacement(self) -> bool:
+        return self.of.reads_displacement
+
+    @property
     def directions(self) -> int:
         return self.of.directions
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from fleet.core.frozen import Frozen
 from fleet.core.identity import Json
 from fleet.core.uris import Uri
+
+
+def _warmup_steps(fields: dict[str, Any]) -> int:
+    """The default, of the fields before it; `steps` is missing where it can't be used."""
+    return min(20, fields.get("steps", 0) // 5)
 
 
 class MaskTraining(Frozen):
@@ -20,8 +25,9 @@ class MaskTraining(Frozen):
     """Preference pairs per update."""
     learning_rate: float = Field(default=5e-3, gt=0.0)
     """Adam's peak learning rate; it falls to zero along a cosine."""
-    warmup_steps: int = Field(default=20, ge=0)
-    """Updates over which the learning rate rises to its peak."""
+    warmup_steps: int = Field(default_factory=_warmup_steps, ge=0)
+    """Updates over which the learning rate rises to its peak: by default 20, but at most a fifth of `steps`, so that
+    few updates move the mask too."""
     beta: float = Field(default=0.1, gt=0.0)
     """DPO's β."""
     utility_weight: float = Field(default=0.0, ge=0.0)

@@ -14,7 +14,8 @@ where the gain ‖CΔW‖/‖ΔW‖ is below 0.05, and `operator` offers what th
 - `subspace`: U_kU_kᵀΔW with V's k leading left singular vectors, which is a true projection.
 - `delete`: 0.
 
-`select` has the paper's two rules: all modules at or below τ (default 0.5 for ρ), or the `number` (default 10) lowest.
+`select` has the paper's two rules: all modules at or below τ, or the `number` (default 10) lowest. Defaults are the
+paper's: ρ, τ = 0.5; `docs/methods.md` says which statistic did better.
 """
 
 from __future__ import annotations

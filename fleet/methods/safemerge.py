@@ -15,8 +15,8 @@ A module whose statistic is undefined (ΔW = 0 or V = 0) is kept, and its reason
 - `ties`: TIES of the two, in product space, with weights α and 1 − α.
 The last two work on the entries of ΔW, so a LoRA is recompressed after them; the record says what was lost.
 
-Defaults: α = 0.8 and, for ρ, τ = 0.7, the paper's. The default statistic is lift, whose null is 1 at any shape: ρ is
-large wherever ΔW lies in one eigenspace of VVᵀ, whichever one, and its null depends on the shape.
+Defaults are the paper's: ρ, τ = 0.7, α = 0.8. ρ is large wherever ΔW lies in one eigenspace of VVᵀ, whichever one, and
+its null depends on the shape; `docs/methods.md` says which statistic did better.
 """
 
 from __future__ import annotations

@@ -545,7 +545,7 @@ def document_with(catalogue: Path, work: Path, known: Mapping[str, Mapping[str, 
     """Two variants of each of the two methods: full models of all, and of the LoRAs realigned."""
     document = manifest_document(catalogue, work)
     models = [model | known.get(model["name"], {}) for model in document["models"]]
-    realign = {"method": "safemerge", "threshold": 0.75}
+    realign = {"method": "safemerge", "statistic": "lift", "threshold": 0.75}
     variants = [
         variant
         for method in ("fisher", "regmean")

@@ -20,6 +20,7 @@ from fleet.methods import (
     Decision,
     Lox,
     ModuleStatistics,
+    Noise,
     Ranks,
     RealignMethod,
     Resta,
@@ -142,11 +143,11 @@ def statistics(module: str = "m", **values: Any) -> ModuleStatistics:
 UNDEFINED = dict.fromkeys(("rho", "rho_null", "rho_null_sd", "lift", "gain", "cosine", "energies"))
 
 METHODS: dict[str, RealignMethod] = {
-    "safemerge": SafeMerge(method="safemerge"),
+    "safemerge": SafeMerge(method="safemerge", statistic="lift"),
     "safemerge peft_factor": SafeMerge(method="safemerge", merge="peft_factor"),
     "safemerge dare": SafeMerge(method="safemerge", merge="dare"),
     "safemerge ties": SafeMerge(method="safemerge", merge="ties"),
-    "safe_lora": SafeLora(method="safe_lora"),
+    "safe_lora": SafeLora(method="safe_lora", statistic="lift"),
     "safe_lora norm_preserving": SafeLora(method="safe_lora", operator="norm_preserving"),
     "safe_lora subspace": SafeLora(method="safe_lora", operator="subspace", subspace_directions=3),
     "safe_lora delete": SafeLora(method="safe_lora", operator="delete"),
@@ -191,10 +192,31 @@ def test_gate_default_threshold_is_the_null_and_safemerge_edits_below_it(
 def test_gate_default_threshold_of_safe_lora_is_its_papers() -> None:
     assert SafeLora(method="safe_lora", statistic="rho").tau == 0.5
     assert [SafeLora(method="safe_lora", statistic=s).tau for s in ("lift", "kappa", "rho_z", "cosine")] == [1, 1, 0, 0]
-    assert SafeLora(method="safe_lora").statistic == SafeMerge(method="safemerge").statistic == "lift"
 
 
-@pytest.mark.parametrize("method", [SafeMerge(method="safemerge", threshold=1.5), SafeLora(method="safe_lora")])
+def test_gated_methods_without_parameters_are_the_papers() -> None:
+    safemerge, safe_lora = SafeMerge(method="safemerge"), SafeLora(method="safe_lora")
+    assert (safemerge.statistic, safemerge.tau, safemerge.alpha, safemerge.merge) == ("rho", 0.7, 0.8, "exact")
+    assert (safe_lora.statistic, safe_lora.tau, safe_lora.select) == ("rho", 0.5, "threshold")
+    assert safe_lora.operator == "projection"
+    # Whatever lift says: above 1 nothing was edited while it was the default.
+    modules = [statistics(name, rho=rho, lift=1.5) for name, rho in {"a": 0.45, "b": 0.6, "c": 0.75}.items()]
+    assert [d.edit for d in safemerge.decide(modules)] == [True, True, False]
+    assert [d.edit for d in safe_lora.decide(modules)] == [True, False, False]
+
+
+def test_method_says_whether_it_reads_v() -> None:
+    reads = {name for name, method in METHODS.items() if method.reads_displacement}
+    assert METHODS.keys() - reads == {"resta", "resta dropped", "wise_ft", "revert"}
+    assert not TypeAdapter(AnyRealignMethod).validate_python({"method": "somf", "reuse": "mask"}).reads_displacement
+    for of in METHODS.values():
+        assert Noise.model_validate({"method": "noise", "of": of}).reads_displacement == of.reads_displacement
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SafeMerge(method="safemerge", statistic="lift", threshold=1.5), SafeLora(method="safe_lora", statistic="lift")],
+)
 def test_gate_reason_names_statistic_value_and_threshold(method: SafeMerge | SafeLora) -> None:
     edited, kept = method.decide([statistics("a", lift=0.5), statistics("b", lift=2.0)])
     sign, other = ("<", "≥") if isinstance(method, SafeMerge) else ("≤", ">")
@@ -202,7 +224,9 @@ def test_gate_reason_names_statistic_value_and_threshold(method: SafeMerge | Saf
     assert kept == Decision(module="b", edit=False, reason=f"lift 2.0000 {other} {method.tau:g}")
 
 
-@pytest.mark.parametrize("method", [SafeMerge(method="safemerge"), SafeLora(method="safe_lora")])
+@pytest.mark.parametrize(
+    "method", [SafeMerge(method="safemerge", statistic="lift"), SafeLora(method="safe_lora", statistic="lift")]
+)
 def test_gate_value_of_zero_is_defined(method: SafeMerge | SafeLora) -> None:
     assert method.decide([statistics(lift=0.0)])[0].edit
 
@@ -255,22 +279,24 @@ def test_safe_lora_number_takes_exactly_that_many_and_ties_go_by_name() -> None:
     lifts = {"d": 0.5, "b": 0.5, "c": 0.5, "a": 3.0, "e": 0.1}
     modules = [statistics(name, lift=lift) for name, lift in lifts.items()] + [statistics("f", **UNDEFINED)]
     for number, chosen in {1: "e", 2: "be", 3: "bce", 5: "abcde", 9: "abcde"}.items():
-        method = SafeLora(method="safe_lora", select="number", number=number, threshold=0.0)
+        method = SafeLora(method="safe_lora", statistic="lift", select="number", number=number, threshold=0.0)
         decisions = method.decide(modules)
         assert [d.module for d in decisions] == [*lifts, "f"]
         assert {d.module for d in decisions if d.edit} == set(chosen)
-    two = SafeLora(method="safe_lora", select="number", number=2).decide(modules)
+    two = SafeLora(method="safe_lora", statistic="lift", select="number", number=2).decide(modules)
     assert two[1].reason == "lift 0.5000 among the 2 lowest; within rounding of the cut"
     assert two[0].reason == "lift 0.5000 not among the 2 lowest; within rounding of the cut"
     assert [d.module for d in two if d.close] == ["d", "b", "c"], "a tie is decided by name"
-    assert not any(d.close for d in SafeLora(method="safe_lora", select="number", number=1).decide(modules))
+    assert not any(
+        d.close for d in SafeLora(method="safe_lora", statistic="lift", select="number", number=1).decide(modules)
+    )
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 3), max_size=12), st.integers(1, 15))
 def test_safe_lora_number_edits_no_module_above_one_it_keeps(lifts: list[float], number: int) -> None:
     modules = [statistics(f"m{i}", lift=lift) for i, lift in enumerate(lifts)]
-    decisions = SafeLora(method="safe_lora", select="number", number=number).decide(modules)
+    decisions = SafeLora(method="safe_lora", statistic="lift", select="number", number=number).decide(modules)
     edited = [lift for lift, d in zip(lifts, decisions, strict=True) if d.edit]
     kept = [lift for lift, d in zip(lifts, decisions, strict=True) if not d.edit]
     assert len(edited) == min(number, len(lifts))
@@ -291,16 +317,16 @@ def test_safe_lora_number_edits_no_module_above_one_it_keeps(lifts: list[float],
 def test_safe_lora_warns_where_its_projection_is_a_deletion(
     operator: Any, lift: float, gain: float | None, warned: bool
 ) -> None:
-    method = SafeLora(method="safe_lora", operator=operator)
+    method = SafeLora(method="safe_lora", statistic="lift", operator=operator)
     reason = method.decide([statistics(lift=lift, gain=gain)])[0].reason
     assert reason.endswith(f"gain {gain:.2g}: the projection is a deletion") if warned else "deletion" not in reason
 
 
 def test_safe_lora_warning_counts_the_deletions_among_the_edited() -> None:
     modules = [statistics(name, gain=gain) for name, gain in {"a": 0.01, "b": 0.2, "c": 0.02, "d": 0.03}.items()]
-    warning = SafeLora(method="safe_lora").warning(modules, {"a", "b", "c"})
+    warning = SafeLora(method="safe_lora", statistic="lift").warning(modules, {"a", "b", "c"})
     assert (warning or "").startswith("in 2 of 3 edited modules the projection keeps less than 5% of ΔW")
-    assert SafeLora(method="safe_lora").warning(modules, {"b"}) is None
+    assert SafeLora(method="safe_lora", statistic="lift").warning(modules, {"b"}) is None
     assert SafeLora(method="safe_lora", operator="delete").warning(modules, {"a"}) is None
     for name in METHODS.keys() - {"safe_lora"}:
         assert METHODS[name].warning(modules, {"a", "b", "c", "d"}) is None
@@ -341,7 +367,7 @@ def test_the_lowest_within_rounding_of_the_cut_are_close_on_either_side() -> Non
 
     def close_at(number: int) -> set[str]:
         modules = [statistics(name, lift=lift) for name, lift in lifts.items()]
-        return close_of(SafeLora(method="safe_lora", select="number", number=number), modules)
+        return close_of(SafeLora(method="safe_lora", statistic="lift", select="number", number=number), modules)
 
     assert close_at(1) == close_at(5) == close_at(6) == close_at(9) == set()
     assert close_at(2) == close_at(3) == {"b", "c", "d"}
@@ -400,11 +426,13 @@ def test_csulora_keeps_what_vanishes_and_says_so() -> None:
 def test_methods_ask_for_what_they_use() -> None:
     assert {name: method.needs for name, method in METHODS.items() if method.needs} == {
         "safemerge": {"safety"},
-        "safemerge peft_factor": {"safety"},
-        "safemerge dare": {"safety"},
-        "safemerge ties": {"safety"},
+        "safemerge peft_factor": {"safety", "rho"},
+        "safemerge dare": {"safety", "rho"},
+        "safemerge ties": {"safety", "rho"},
         "safe_lora": {"rho", "projection"},
         "safe_lora norm_preserving": {"rho", "projection"},
+        "safe_lora subspace": {"rho"},
+        "safe_lora delete": {"rho"},
         "resta": {"harmful"},
         "resta dropped": {"harmful"},
         "splora": {"rho"},

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 SAFEMERGE = {"method": "safemerge", "statistic": "rho", "threshold": 0.75}
 METHODS: dict[str, dict[str, Any]] = {
     "safemerge": SAFEMERGE,
-    "dare": {"method": "safemerge", "threshold": 9.0, "merge": "dare"},
-    "ties": {"method": "safemerge", "threshold": 9.0, "merge": "ties", "density": 0.7},
-    "safe_lora": {"method": "safe_lora", "select": "number", "number": 2},
+    "dare": {"method": "safemerge", "statistic": "lift", "threshold": 9.0, "merge": "dare"},
+    "ties": {"method": "safemerge", "statistic": "lift", "threshold": 9.0, "merge": "ties", "density": 0.7},
+    "safe_lora": {"method": "safe_lora", "statistic": "lift", "select": "number", "number": 2},
     "norm_preserving": {"method": "safe_lora", "statistic": "rho_z", "threshold": 9.0, "operator": "norm_preserving"},
     "subspace": {"method": "safe_lora", "statistic": "kappa", "threshold": 9.0, "operator": "subspace"},
     "delete": {"method": "safe_lora", "statistic": "cosine", "operator": "delete"},
