@@ -1,15 +1,15 @@
 """A mergekit configuration -> a manifest, so that a merge which exists already can be run, realigned and scored here.
 
-    python -m fleet.realign --from-mergekit config.yml --unaligned org/pretrained > models.json
+    python -m fleet.realign --from-mergekit config.yml > models.json
     python -m fleet.realign --manifest models.json --dry-run
 
 The merge becomes one variant with `realign: null`, to which you add variants that realign. Weights, densities and the
 like become schedules: a number, a gradient over the layers, or rules by tensor name. A model's own come first, then its
 slice's, then the configuration's, as in mergekit. `base_model` becomes `base.aligned`; where mergekit merges it too, as
-`linear` and `karcher` do though it isn't listed, it is a model as well. mergekit has no unaligned model:
-name it with `--unaligned`, or replace `unset://base.unaligned` in what is printed, which a run refuses. A run wants Hub
-models pinned to a commit. A setting that changes nothing, here or in mergekit, is left out with a remark on stderr.
-One that would change the fused weights but has no equal here is refused, and so is what mergekit itself would not run.
+`linear` and `karcher` do though it isn't listed, it is a model as well. mergekit has no unaligned model, and a fusion
+needs none; `--unaligned` names it for the variants you add. A run wants Hub models pinned to a commit. A setting that
+changes nothing, here or in mergekit, is left out with a remark on stderr. One that would change the fused weights but
+has no equal here is refused, and so is what mergekit itself would not run.
 """
 
 from __future__ import annotations
@@ -77,16 +77,11 @@ def from_mergekit(path: Path, unaligned: str | None = None) -> Conversion:
     aligned = merge.source("base_model", merge.base) if merge.base else UNSET.format("aligned")
     if not merge.base:
         merge.remarks.append("base_model: not given; set base.aligned to the model all others were tuned from")
-    if unaligned is None:
-        merge.remarks.append("base.unaligned: set it to the model the aligned one was aligned from (--unaligned)")
     names = _names([i.model for i in inputs])
     document: dict[str, Any] = {
         "schema": 1,
         "name": _name(merge.config.name or path.stem),
-        "base": {
-            "unaligned": merge.source("--unaligned", unaligned) if unaligned else UNSET.format("unaligned"),
-            "aligned": aligned,
-        },
+        "base": ({"unaligned": merge.source("--unaligned", unaligned)} if unaligned else {}) | {"aligned": aligned},
         "models": [{"name": names[i.model], "source": merge.source(f"models: {i.model}", i.model)} for i in inputs],
         "variants": [{"name": merge.config.merge_method, "realign": None, "fuse": _renamed(fuse, names)}],
         "evaluation": {"harmfulness": ["demo_harmful"], "judge": {"kind": "rule"}},

@@ -41,14 +41,21 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=8
 class Base(Frozen):
     """The aligned model that all models were tuned from, and the models that say what safety is in its weights."""
 
-    unaligned: Uri
-    """The model the aligned one was aligned from; the displacement V is aligned − unaligned."""
+    unaligned: Uri | None = None
+    """The model the aligned one was aligned from; the displacement V is aligned − unaligned. Only what reads V needs
+    it: most realign methods, the survey, and `unaligned` among the references."""
     aligned: Uri
     """The aligned model every model of the catalogue was fine-tuned from."""
     safety: Uri | None = None
     """A safety LoRA on the aligned model, for the methods that merge with one."""
     harmful: Uri | None = None
     """A LoRA that makes the aligned model harmful, for RESTA, whose safety vector is the way back from it."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Role -> address of the full models given."""
+        given = {"aligned": self.aligned, "unaligned": self.unaligned}
+        return {role: uri for role, uri in given.items() if uri is not None}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -190,8 +197,8 @@ class Manifest(Frozen):
     """The base models."""
     models: tuple[ModelSpec, ...] = Field(min_length=1)
     """The catalogue: the fine-tuned models."""
-    variants: tuple[Variant, ...] = Field(min_length=1)
-    """The ways of realigning and fusing that are tried."""
+    variants: tuple[Variant, ...] = ()
+    """The ways of realigning and fusing that are tried. Without any, the models are only scored as they are."""
     survey: Survey = Survey()
     """What is measured of every task vector."""
     evaluation: Evaluation
@@ -211,6 +218,7 @@ class Manifest(Frozen):
     def _parts_agree(self) -> Manifest:
         self._check_names()
         self._check_vocabulary()
+        self._check_displacement()
         for variant in self.variants:
             where = f"variants: {variant.name}"
             self._check_members(where, variant)
@@ -237,6 +245,22 @@ class Manifest(Frozen):
         if isinstance(vocabulary, VocabularyOf) and vocabulary.model not in models:
             raise ValueError(
                 f"checkpoint.vocabulary: no model is named {vocabulary.model}; there are {', '.join(models)}"
+            )
+
+    def _check_displacement(self) -> None:
+        """The unaligned model is there if anything reads V, or scores it."""
+        if self.base.unaligned is not None:
+            return
+        readers = {v.name: v.realign.method for v in self.variants if v.realign and v.realign.reads_displacement}
+        asks = [f"variants: {', '.join(f'{name} ({method})' for name, method in readers.items())}"] if readers else []
+        if "unaligned" in self.evaluation.references:
+            asks.append("evaluation.references: unaligned")
+        if "directions" in self.survey.model_fields_set and self.survey.directions:
+            asks.append(f"survey.directions: {self.survey.directions}")
+        if asks:
+            raise ValueError(
+                f"base.unaligned is not given, but is read for {'; '.join(asks)}: set it to the model that the aligned "
+                "one was aligned from, or leave these out"
             )
 
     def _check_members(self, where: str, variant: Variant) -> None:

@@ -103,10 +103,12 @@ def make_plan(manifest: Manifest) -> Plan:
     uris = [*base.sources, *(m.source for m in manifest.models)]
     with ThreadPoolExecutor(_READERS) as pool:
         sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
-    _check_base_dtypes(sources[base.aligned], sources[base.unaligned])
+    _check_base_dtypes({role: sources[uri] for role, uri in base.models.items()})
     sources = _in_one_vocabulary(manifest, sources)
-    safety, harmful = (sources[uri] if uri is not None else None for uri in (base.safety, base.harmful))
-    bases = Bases(sources[base.aligned], sources[base.unaligned], safety, harmful)
+    unaligned, safety, harmful = (
+        sources[uri] if uri is not None else None for uri in (base.unaligned, base.safety, base.harmful)
+    )
+    bases = Bases(sources[base.aligned], unaligned, safety, harmful)
     models = {m.name: sources[m.source] for m in manifest.models}
     _check_sources(bases, models)
     suites = _load_suites(manifest)
@@ -177,8 +179,8 @@ def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dic
     return {**sources, **changed}
 
 
-def _check_base_dtypes(aligned: Source, unaligned: Source) -> None:
-    for role, source in (("aligned", aligned), ("unaligned", unaligned)):
+def _check_base_dtypes(models: Mapping[str, Source]) -> None:
+    for role, source in models.items():
         if source.is_quantised:
             raise CheckpointError(
                 f"base.{role}: {source.uri} is fp8; give the base models in the dtype outputs are to have"
@@ -187,9 +189,10 @@ def _check_base_dtypes(aligned: Source, unaligned: Source) -> None:
 
 def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
     aligned = bases.aligned_model
-    check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
-    if bases.aligned.identity == bases.unaligned.identity:
-        raise ManifestError("base: aligned and unaligned hold the same weights, so nothing tells safety apart")
+    if bases.unaligned is not None:
+        check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
+        if bases.aligned.identity == bases.unaligned.identity:
+            raise ManifestError("base: aligned and unaligned hold the same weights, so nothing tells safety apart")
     for role, source in (("safety", bases.safety), ("harmful", bases.harmful)):
         if source is None:
             continue

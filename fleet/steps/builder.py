@@ -54,17 +54,18 @@ def build(context: PlanContext) -> tuple[Candidate, ...]:
     manifest, bases = context.manifest, context.bases
     if context.judging.rows is not None:
         CalibrateStep.make(context, context.judging.rows)
-    surveys = {name: SurveyStep.make(context, name) for name in context.models}
+    surveys = {name: SurveyStep.of_models(context, [name]) for name in context.models}
     realigned, members = _realigned(context)
     fused = [_fused(context, v, members[v.name]) for v in manifest.variants if v.fuse is not None]
-    references: dict[str, Weights] = {"aligned": bases.aligned, "unaligned": bases.unaligned}
+    references: dict[str, Weights] = {"aligned": bases.aligned}
+    references |= {"unaligned": bases.unaligned} if bases.unaligned is not None else {}
     return (
         *(
             _candidate(context, name, "reference", tuple(context.models), references[name], {})
             for name in manifest.evaluation.references
         ),
         *(
-            _candidate(context, name, "finetuned", (name,), _served(context, name), {}, (surveys[name],))
+            _candidate(context, name, "finetuned", (name,), _served(context, name), {}, surveys[name])
             for name in context.models
         ),
         *realigned,

@@ -77,7 +77,7 @@ class FuseStep(WeightsStep):
                 spec=spec | size.spec,
                 inputs=inputs,
                 deps=(*(m for m in members.values() if isinstance(m, Step)), *trims.values()),
-                after=tuple(SurveyStep.make(context, n) for n, m in members.items() if isinstance(m, Source)),
+                after=SurveyStep.of_models(context, (n for n, m in members.items() if isinstance(m, Source))),
                 read_bytes=read + size.read_bytes,
                 write_bytes=size.write_bytes,
                 members=members,

@@ -138,7 +138,7 @@ class MaskStep(Step):
                 spec=spec,
                 inputs=inputs,
                 deps=(log_probs,),
-                after=tuple(SurveyStep.make(context, m) for m in members),
+                after=SurveyStep.of_models(context, members),
                 read_bytes=aligned.model.num_bytes + sum(s.model.num_bytes for s in members.values()),
                 members=members,
                 fusion=fusion,

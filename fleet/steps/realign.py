@@ -24,10 +24,14 @@ from fleet.steps.sources import MaskSource, Source
 from fleet.steps.survey import SurveyResult, SurveyStep
 from fleet.steps.view import RunView
 from fleet.steps.weights import written_size
-from fleet.work.module_rows import ModuleRow, module_rows
+from fleet.work.module_rows import ModuleRow, edit_warnings, module_rows
 from fleet.work.unit import Found
 
 logger = logging.getLogger(__name__)
+
+AS_STORED = "as stored"
+"""In the spec of what is written as a full model, whose edits are measured after they were rounded to its dtypes, and a
+control's matched so."""
 
 
 class RealignResult(Result):
@@ -35,11 +39,9 @@ class RealignResult(Result):
 
     modules: tuple[ModuleRow, ...] = ()
     edit_norm: float = 0.0
-    """‖ΔW_after − ΔW_before‖ over all modules."""
+    """‖ΔW_after − ΔW_before‖ over all modules, ΔW_after as its files hold it."""
     max_rank: int = 0
     """Of what was written as a LoRA."""
-    warning: str | None = None
-    """What a user should know before trusting the method's name."""
 
     @property
     def edit_norms(self) -> dict[str, float]:
@@ -55,7 +57,9 @@ class RealignStep(WeightsStep):
     version: ClassVar[int] = 2
 
     model: Source
-    survey: SurveyStep
+    model_name: str
+    survey: SurveyStep | None
+    """None where there is no V, and so nothing to survey; the method then reads none."""
     method: AnyRealignMethod
     safety: Source | None
     harmful: Source | None
@@ -70,19 +74,21 @@ class RealignStep(WeightsStep):
         Raises:
             ManifestError: the method can't have this model.
         """
-        survey = SurveyStep.make(context, name)
-        source, displacement = survey.model, survey.displacement
+        survey, source = SurveyStep.make(context, name), context.models[name]
+        measured = (survey, survey.displacement) if survey is not None else ()
         _check_method(context, name, source, method)
         matched = cls.make(context, name, method.matched, variant) if method.matched is not None else None  # type: ignore[arg-type]
         mask = MaskStep.of_method(context, name, method, variant)
         merged = _merged_with(context, method)
         tensors = _touched(context, source, method)
         rank = _highest_rank(context, source, method, tensors)
-        spec: dict[str, Json] = {"method": method.identity(), "survey": SurveyStep.version}
+        spec: dict[str, Json] = {"method": method.identity()}
+        spec |= {"survey": SurveyStep.version} if survey is not None else {}
         size = written_size(context, tensors, rank, source.as_lora)
-        spec |= size.spec
+        spec |= size.spec if size.as_lora else {**size.spec, "edits": AS_STORED}
         deps: tuple[Step | None, ...] = (
-            displacement if method.directions else None, matched, mask if isinstance(mask, MaskStep) else None,
+            survey.displacement if survey is not None and method.directions else None, matched,
+            mask if isinstance(mask, MaskStep) else None,
         )  # fmt: skip
         read = source.model.num_bytes + sum(s.model.num_bytes for s in merged.values())
         return context.add(
@@ -91,10 +97,11 @@ class RealignStep(WeightsStep):
                 spec=spec,
                 inputs=_inputs(context, source, merged, mask),
                 deps=tuple(step for step in deps if step is not None),
-                after=(survey, displacement),
+                after=measured,
                 read_bytes=read + size.read_bytes,
                 write_bytes=size.write_bytes,
                 model=source,
+                model_name=name,
                 survey=survey,
                 method=method,
                 safety=merged.get("safety"),
@@ -132,8 +139,9 @@ class RealignWalk(Walk):
             merged |= record.result
             edits |= {row["module"]: row for row in merged.pop("edits")}
         merged["edit_norm"] = math.sqrt(sum(edit["edit_norm"] ** 2 for edit in edits.values()))
-        merged["modules"] = module_rows(self._modules, self._decisions, edits)
-        if warning := self._step.method.warning(self._modules, edits.keys()):
+        merged["modules"] = rows = module_rows(self._modules, self._decisions, edits)
+        found = [self._step.method.warning(self._modules, edits.keys()), *edit_warnings(rows)]
+        if warning := "; ".join(text for text in found if text):
             logger.warning("%s: %s", step.name, warning)
             merged["warning"] = warning
         return RealignResult.model_validate(merged)
@@ -143,20 +151,21 @@ class RealignWalk(Walk):
 
         step = self._step
         mask = step.mask.uri if isinstance(step.mask, MaskSource) else run.folder(step.mask) if step.mask else None
+        survey, unaligned = step.survey, run.bases.unaligned
         units = [
             RealignUnit(
                 aligned=run.bases.aligned.uri,
-                unaligned=run.bases.unaligned.uri,
+                unaligned=unaligned.uri if unaligned else None,
                 model=step.model.uri,
                 safety=step.safety.uri if step.safety else None,
                 harmful=step.harmful.uri if step.harmful else None,
-                displacement=run.folder(step.survey.displacement),
-                projections=run.folder(step.survey) if "projection" in step.method.needs else None,
+                displacement=run.folder(survey.displacement) if survey else None,
+                projections=run.folder(survey) if survey and "projection" in step.method.needs else None,
                 method=step.method,
                 edited=frozenset(d.module for d in self._decisions if d.edit),
                 targets=self._targets,
                 mask=mask,
-                name=step.survey.name,
+                name=step.model_name,
                 as_lora=step.as_lora,
                 shard=shard,
                 output=run.output(step, attempt),
@@ -167,16 +176,24 @@ class RealignWalk(Walk):
 
 
 def _modules(step: RealignStep, run: RunView) -> list[ModuleStatistics]:
-    """The survey's rows, and for a method that edits untouched modules one for each of these."""
-    found = {row.module: row for row in run.result(step.survey, SurveyResult).modules}
-    if step.method.edits_untouched:
+    """The survey's rows, and for a method that edits untouched modules one for each of these.
+
+    Without a survey all are of the second kind, and ‖ΔW‖ is known to a control alone, from what its method's step
+    measured: a method that reads no V has edited every module, and asks for no norm.
+    """
+    surveyed = run.result(step.survey, SurveyResult).modules if step.survey is not None else ()
+    found = {row.module: row for row in surveyed}
+    matched = run.result(step.matched, RealignResult).modules if step.survey is None and step.matched else ()
+    norms = {row.module: row.delta_norm or 0.0 for row in matched}
+    if step.method.edits_untouched or step.survey is None:
         for tensor in step.tensors:
             for view in module_views(run.aligned, tensor):
                 d_out, d_in = canonical_shape(run.aligned, tensor)[-2:]
-                untouched = ModuleStatistics(
-                    module=view.module, shape=(d_out, d_in), rank=0, delta_norm=0.0, safety_norm=0.0
-                )
-                found.setdefault(view.module, untouched)
+                unmeasured = ModuleStatistics(
+                    module=view.module, shape=(d_out, d_in), rank=0, delta_norm=norms.get(view.module, 0.0),
+                    safety_norm=0.0,
+                )  # fmt: skip
+                found.setdefault(view.module, unmeasured)
     return [found[name] for name in sorted(found)]
 
 
@@ -223,7 +240,7 @@ def _inputs(
     another variant's wishes for the survey don't change what this one makes.
     """
     sources = {"aligned": context.bases.aligned, "unaligned": context.bases.unaligned, **merged, "model": source}
-    inputs = {role: s.identity for role, s in sources.items()}
+    inputs = {role: s.identity for role, s in sources.items() if s is not None}
     return inputs | ({"mask": mask.identity} if isinstance(mask, MaskSource) else {})
 
 

@@ -48,6 +48,9 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
+    warning: str | None = None
+    """What a person should know before using what the step made."""
+
     def literals(self) -> dict[str, Json]:
         """As the record holds it: the fields that were given."""
         return self.model_dump(mode="json", exclude_unset=True)

@@ -98,7 +98,8 @@ class Bases:
     """The base models of a run."""
 
     aligned: Source
-    unaligned: Source
+    unaligned: Source | None
+    """None where nothing reads V."""
     safety: Source | None
     harmful: Source | None
 

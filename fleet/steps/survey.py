@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,21 +43,23 @@ class DisplacementStep(Step):
     version: ClassVar[int] = 1
     joint: ClassVar[str | None] = PASS
 
+    unaligned: Source
     directions: int
     """How many of V's leading singular triplets are kept."""
 
     @classmethod
-    def make(cls, context: PlanContext) -> DisplacementStep:
+    def make(cls, context: PlanContext, unaligned: Source) -> DisplacementStep:
         """The step of the run's base models, with all that any variant uses."""
         methods = [v.realign for v in context.manifest.variants if v.realign is not None]
         directions = max((context.manifest.survey.directions, *(m.directions for m in methods)))
-        bases = {"aligned": context.bases.aligned, "unaligned": context.bases.unaligned}
+        bases = {"aligned": context.bases.aligned, "unaligned": unaligned}
         return context.add(
             cls(
                 name="base",
                 spec={"directions": directions},
                 inputs={name: s.identity for name, s in bases.items()},
                 read_bytes=sum(s.model.num_bytes for s in bases.values()),
+                unaligned=unaligned,
                 directions=directions,
             )
         )
@@ -83,13 +85,15 @@ class SurveyStep(Step):
     """Whether the B factors of VVᵀΔW/‖V‖ are kept."""
 
     @classmethod
-    def make(cls, context: PlanContext, name: str) -> SurveyStep:
-        """The survey of one model of the catalogue."""
+    def make(cls, context: PlanContext, name: str) -> SurveyStep | None:
+        """The survey of one model of the catalogue; None where there is no V to survey it against."""
         source, bases = context.models[name], context.bases
+        if bases.unaligned is None:
+            return None
         needs = {need for v in context.manifest.variants if v.realign is not None for need in v.realign.needs}
         rho, projection = "rho" in needs, "projection" in needs and isinstance(source.model, Adapter)
         sources = {"aligned": bases.aligned, "unaligned": bases.unaligned, "model": source}
-        displacement = DisplacementStep.make(context)
+        displacement = DisplacementStep.make(context, bases.unaligned)
         return context.add(
             cls(
                 name=name,
@@ -103,6 +107,12 @@ class SurveyStep(Step):
                 projection=projection,
             )
         )
+
+    @classmethod
+    def of_models(cls, context: PlanContext, names: Iterable[str]) -> tuple[SurveyStep, ...]:
+        """The surveys of some models of the catalogue, which check their weights; none where there is no V."""
+        found = (cls.make(context, name) for name in names)
+        return tuple(step for step in found if step is not None)
 
     @classmethod
     def walk_together(cls, steps: Sequence[Step], run: RunView, attempt: str) -> Walk:
@@ -119,12 +129,13 @@ class SurveyWalk(Walk):
         super().__init__({})
         self._surveys = [step for step in steps if isinstance(step, SurveyStep)]
         self._own = [step for step in steps if isinstance(step, DisplacementStep)]
+        self._displacement = self._own[0] if self._own else self._surveys[0].displacement
         self._run = run
         self._attempt = attempt
         self._groups = plan_shards(run.aligned.tensors.values(), UNIT_BYTES)
 
     def next(self) -> Sequence[NextUnit]:
-        bases = (self._run.bases.aligned, self._run.bases.unaligned)
+        bases = (self._run.bases.aligned, self._displacement.unaligned)
         read = sum(s.model.model.num_bytes for s in self._surveys) + sum(base.model.num_bytes for base in bases)
         missing = [index for index in range(len(self._groups)) if index not in self.finished]
         return [self._unit(index, read / len(self._groups)) for index in missing]
@@ -147,11 +158,10 @@ class SurveyWalk(Walk):
     def _unit(self, index: int, work: float) -> NextUnit:
         from fleet.work.survey import SurveyUnit
 
-        run, attempt = self._run, self._attempt
-        displacement = self._own[0] if self._own else self._surveys[0].displacement
+        run, attempt, displacement = self._run, self._attempt, self._displacement
         unit = SurveyUnit(
             aligned=run.bases.aligned.uri,
-            unaligned=run.bases.unaligned.uri,
+            unaligned=displacement.unaligned.uri,
             models={s.key: s.model.uri for s in self._surveys},
             tensors=tuple(self._groups[index]),
             file=shard_name(index, len(self._groups)),

@@ -62,7 +62,7 @@ class TrimStep(Step):
                 spec={"rank": rank},
                 inputs=inputs | ({"model": member.identity} if isinstance(member, Source) else {}),
                 deps=(member,) if isinstance(member, Step) else (),
-                after=(SurveyStep.make(context, name),),
+                after=SurveyStep.of_models(context, [name]),
                 read_bytes=context.models[name].model.num_bytes + aligned.num_bytes,
                 model=member,
                 rank=rank,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from fleet.core.identity import Json
 from fleet.methods import Decision, ModuleStatistics
+
+NEARLY_NOTHING = 0.01
+"""An edit below this share of its task vector is nearly none."""
+
+NORM_LOSS = 0.01
+"""By more than this share, what is stored of an edit has another norm than the edit was to have."""
 
 
 class ModuleRow(BaseModel):
@@ -25,6 +33,10 @@ class ModuleRow(BaseModel):
     cosine: float | None = None
     delta_norm: float | None = None
     edit_norm: float | None = None
+    """‖ΔW_after − ΔW_before‖, ΔW_after as the written file holds it."""
+    asked_norm: float | None = None
+    """The norm that the edit was to have, where it has another: before it was rounded to the file's dtype; of a
+    control, its method's."""
     energy_kept: float | None = None
     rank: int | None = None
     recompression_residual: float | None = None
@@ -50,10 +62,38 @@ def module_rows(
     for statistics, decision in zip(modules, decisions, strict=True):
         edit, reason = edits.get(statistics.module, {}), decision.reason
         if decision.edit and not edit.get("edit_norm"):
-            reason += "; nothing changed"
+            reason += "; lost in the file's dtype" if edit.get("asked_norm") else "; nothing changed"
         row: dict[str, Json] = {"module": statistics.module, "edit": bool(edit.get("edit_norm")), "reason": reason}
         for name in ("lift", "rho", "rho_z", "cosine", "delta_norm"):
             value = getattr(statistics, name)
             row[name] = None if value is None else float(f"{value:.6g}")
         rows.append(row | dict(edit))
     return rows
+
+
+def edit_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a person should know of a realigned model's edits by their size alone.
+
+    Args:
+        rows: as `module_rows` gives them.
+    """
+    if not rows:
+        return ["it has no module that can be edited"]
+    whole, stored = (_norm(row.get(name) for row in rows) for name in ("delta_norm", "edit_norm"))
+    asked = _norm(row.get("asked_norm", row.get("edit_norm")) for row in rows)
+    if not stored and asked:
+        return [f"all of its edit, of norm {asked:.3g}, is lost in the dtype of its files: it is as it was fine-tuned"]
+    if not stored:
+        example = f"{rows[0]['module']}: {rows[0]['reason']}"
+        return [f"none of its {len(rows)} modules is edited, so they are as they were fine-tuned ({example})"]
+    found: list[str] = []
+    if stored < NEARLY_NOTHING * whole:
+        found.append(f"its edit is nearly nothing: {stored / whole:.2g} of the task vector's norm")
+    if abs(stored - asked) > NORM_LOSS * asked:
+        found.append(f"its edit was to have the norm {asked:.4g}, and in the dtype of its files has {stored:.4g}")
+    return found
+
+
+def _norm(norms: Iterable[float | None]) -> float:
+    """Of the whole, from those of its parts."""
+    return math.sqrt(sum(norm**2 for norm in norms if norm))

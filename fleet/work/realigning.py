@@ -14,6 +14,7 @@ from fleet.algebra.delta import Delta, Dense, LowRank, zero
 from fleet.algebra.factors import Factors
 from fleet.algebra.products import product
 from fleet.algebra.random_edits import named_generator
+from fleet.algebra.rounding import NORM_TOLERANCE, rounded, stored_with_norm
 from fleet.algebra.spectral import Triplets, truncated
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.full_model import FullModel
@@ -23,7 +24,7 @@ from fleet.checkpoint.modules import ModuleView, canonical_shape, is_transposed,
 from fleet.checkpoint.opened import open_full, open_model
 from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_unscaled_factors, read_weight, to_stored
-from fleet.checkpoint.tensors import read_tensor
+from fleet.checkpoint.tensors import TORCH_DTYPES, read_tensor
 from fleet.checkpoint.write import of_rank, write_adapter, write_shard
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
@@ -40,12 +41,13 @@ class RealignUnit:
     """Realign one model in one shard; an adapter is one shard."""
 
     aligned: str
-    unaligned: str
+    unaligned: str | None
+    """None where the method reads no V."""
     model: str
     safety: str | None
     harmful: str | None
-    displacement: str
-    """Folder of V's own part; methods use its leading directions."""
+    displacement: str | None
+    """Folder of V's own part; methods use its leading directions. None without V."""
     projections: str | None
     """Folder of the B factors of the model's VVᵀΔW/‖V‖; None where the method doesn't use them."""
     method: AnyRealignMethod
@@ -67,7 +69,7 @@ class RealignUnit:
         """The record has a row per edited module."""
         work = _Realigning(self)
         if not self.as_lora:
-            files = write_shard(self.output, self.shard, written_like(work.model, work.aligned), work.pieces)
+            files = write_shard(self.output, self.shard, work.like, work.pieces)
             return UnitRecord(files=files, result={"edits": work.edits})
         ranks = work.ranks()
         written = write_adapter(self.output, self.shard, work.aligned, ranks, work.factors, [_adapter(self.model)])
@@ -90,6 +92,8 @@ class _Realigning:
         self.unit = unit
         self.aligned = open_full(unit.aligned)
         self.model = open_model(unit.model)
+        self.like = written_like(self.model, self.aligned)
+        """What a full model is written like."""
         self.safety = _adapter(unit.safety) if unit.safety is not None else None
         self.harmful = _adapter(unit.harmful) if unit.harmful is not None else None
         self._parts = Parts(self.aligned, self.model, self.safety, self.harmful)
@@ -110,8 +114,8 @@ class _Realigning:
         return masked if view.index is None else Dense(masked.dense()[view.index])
 
     @property
-    def displacement(self) -> StoredDisplacement:
-        return stored_displacement(self.unit.displacement)
+    def displacement(self) -> StoredDisplacement | None:
+        return stored_displacement(self.unit.displacement) if self.unit.displacement is not None else None
 
     @cached_property
     def projections(self) -> Mapping[str, torch.Tensor]:
@@ -136,9 +140,10 @@ class _Realigning:
         if view.module not in self.unit.edited:
             return delta
         self._whole = delta
-        edited = self._edited(view, delta, self._rank(tensor))
-        assert isinstance(edited, LowRank)
-        return edited
+        rank, module = self._rank(tensor), _Module(self, view, delta)
+        edited, lost = truncated(self.unit.method.edit(module), rank, module.generator(0))
+        self._keep_row(view.module, delta, edited, lost)
+        return of_rank(edited, rank)
 
     def pieces(self, tensor: str) -> list[torch.Tensor]:
         """One tensor of a full model as its files hold it."""
@@ -162,37 +167,53 @@ class _Realigning:
             assert rest is not None
             return base + rest.dense()
         if edited[0].index is None:
-            delta = zero(canonical_shape(self.aligned, tensor)) if delta is None else delta
-            return base + self._edited(edited[0], delta, None).dense()
-        total = torch.zeros_like(base) if delta is None else delta.dense().clone()
+            return self._stored(
+                edited[0], base, zero(canonical_shape(self.aligned, tensor)) if delta is None else delta
+            )
+        values = torch.zeros_like(base) if delta is None else delta.dense()
+        weight = base + values
         for view in edited:
-            total[view.index] = self._edited(view, Dense(total[view.index]), None).dense()
-        return base + total
+            weight[view.index] = self._stored(view, base[view.index], Dense(values[view.index]))
+        return weight
 
-    def _edited(self, view: ModuleView, delta: Delta, rank: int | None) -> Delta:
-        """The method's edit of one module, of exactly this rank if it goes into an adapter, and its row."""
-        module = _Module(self, view, delta)
-        edited, lost = self.unit.method.edit(module), 0.0
-        if rank is not None:
-            edited, lost = truncated(edited, rank, module.generator(0))
-        self.edits.append(self._row(view.module, delta, edited, lost))
-        return edited if rank is None or not isinstance(edited, LowRank) else of_rank(edited, rank)
+    def _stored(self, view: ModuleView, base: torch.Tensor, delta: Delta) -> torch.Tensor:
+        """One edited module of a full model, float32, with the values that its file will hold; and its row."""
+        edited, dtype = (
+            self.unit.method.edit(_Module(self, view, delta)),
+            TORCH_DTYPES[self.like.tensors[view.tensor].dtype],
+        )
+        if (target := self.unit.targets.get(view.module)) is None:
+            asked, stored = edited.minus(delta).norm(), rounded(base + edited.dense(), dtype)
+        else:
+            edit, draw = edited.minus(delta).dense(), named_generator(0, f"{view.module}.rounding")
+            asked, stored = target, stored_with_norm(base + delta.dense(), edit, target, dtype, draw)
+        self._keep_row(view.module, delta, Dense(stored - base), 0.0, asked)
+        return stored
 
-    def _row(self, module: str, before: Delta, after: Delta, lost: float) -> dict[str, Json]:
-        """What a reviewer reads of one edit: norms, energies as shares of ‖ΔW_before‖², and what recompression lost."""
-        energy = before.norm() ** 2
+    def _keep_row(self, module: str, before: Delta, after: Delta, lost: float, asked: float | None = None) -> None:
+        """Note what a reviewer reads of one edit: norms, energies as shares of ‖ΔW_before‖², what recompression lost.
+
+        Args:
+            after: as it is written.
+            asked: the norm that the edit was to have; of a control, its method's.
+        """
+        norm, found = before.norm(), after.minus(before).norm()
+        asked = self.unit.targets.get(module, asked)
         row: dict[str, Json] = {
             "module": module,
-            "edit_norm": short(after.minus(before).norm()),
-            "energy_kept": short(after.norm() ** 2 / energy) if energy else None,
+            "delta_norm": short(norm),
+            "edit_norm": short(found),
+            "energy_kept": short(after.norm() ** 2 / norm**2) if norm else None,
             "rank": after.rank if isinstance(after, LowRank) else None,
             "recompression_residual": short(lost),
         }
-        basis = self.displacement.basis(module)
-        if basis is not None and energy:
-            shares = zip(before.energies(basis.left) / energy, after.energies(basis.left) / energy, strict=True)
+        if asked is not None and abs(found - asked) > NORM_TOLERANCE * asked:
+            row["asked_norm"] = short(asked)
+        basis = self.displacement.basis(module) if self.displacement is not None else None
+        if basis is not None and norm:
+            shares = zip(before.energies(basis.left) / norm**2, after.energies(basis.left) / norm**2, strict=True)
             row["directions"] = [[short(float(b)), short(float(a))] for b, a in shares]
-        return row
+        self.edits.append(row)
 
 
 @dataclass
@@ -222,9 +243,9 @@ class _Module:
     def projected(self) -> Delta:
         if isinstance(self.delta, LowRank):
             return LowRank(self.work.projections[self.view.module], self.delta.a)
-        v = read_weight(self.work.aligned, self.view.tensor) - read_weight(
-            open_full(self.work.unit.unaligned), self.view.tensor
-        )
+        assert self.work.unit.unaligned is not None, "a method that projects on V reads it"
+        unaligned = open_full(self.work.unit.unaligned)
+        v = read_weight(self.work.aligned, self.view.tensor) - read_weight(unaligned, self.view.tensor)
         v = v if self.view.index is None else v[self.view.index]
         norm = linalg.norm(v)
         return Dense(product(v, product(v.T, self.delta.value)) / norm)
@@ -237,7 +258,8 @@ class _Module:
         return self.work.masked(self.view)
 
     def displacement(self, k: int) -> Triplets:
-        basis = self.work.displacement.basis(self.view.module)
+        displacement = self.work.displacement
+        basis = displacement.basis(self.view.module) if displacement is not None else None
         assert basis is not None
         return basis.head(k)
 

@@ -39,7 +39,7 @@ def test_manifest_relative_paths_are_the_manifests_own(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"colour": 1}, "colour: unknown field"),
-        ({"base": {"aligned": "a"}}, r"base\.unaligned: missing"),
+        ({"base": {"unaligned": "u"}}, r"base\.aligned: missing"),
         ({"schema": 2}, "schema: should be 1"),
         ({"models": []}, "models: "),
         ({"models": [{"name": "x", "source": "1"}, {"name": "x", "source": "2"}]}, "models: duplicate names: x"),
@@ -64,6 +64,50 @@ def test_manifest_mistake_names_field_and_fix(tmp_path: Path, changes: dict[str,
     with pytest.raises(ManifestError, match=message) as e:
         load_manifest(write(tmp_path, MINIMAL | changes))
     assert "\n" not in str(e.value)
+
+
+READS_V = {"name": "pushed", "realign": {"method": "lox"}, "fuse": None}
+NO_V = {"aligned": "a", "safety": "s", "harmful": "h"}
+
+
+@pytest.mark.parametrize(
+    "realign",
+    [
+        None,
+        {"method": "wise_ft"},
+        {"method": "revert"},
+        {"method": "somf", "reuse": "mask"},
+        {"method": "resta"},
+        {"method": "noise", "of": {"method": "resta"}},
+    ],
+)
+def test_manifest_without_unaligned_is_taken_where_nothing_reads_v(tmp_path: Path, realign: Any) -> None:
+    variants = [{"name": "v", "realign": realign, "fuse": {"method": "weight_average"}}]
+    assert load_manifest(write(tmp_path, MINIMAL | {"base": NO_V, "variants": variants})).base.unaligned is None
+    assert load_manifest(write(tmp_path, MINIMAL | {"base": NO_V, "variants": []})).variants == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": [READS_V]}, r"variants: pushed \(lox\): set it to the model"),
+        (
+            {"variants": [READS_V, READS_V | {"name": "merged", "realign": {"method": "safemerge"}}]},
+            r"variants: pushed \(lox\), merged \(safemerge\): set it",
+        ),
+        ({"variants": [READS_V | {"realign": {"method": "noise", "of": {"method": "splora"}}}]}, r"pushed \(noise\)"),
+        ({"variants": [READS_V | {"realign": {"method": "resta", "vector": "displacement"}}]}, r"pushed \(resta\)"),
+        ({"evaluation": {"harmfulness": ["h"], "references": ["aligned", "unaligned"]}}, r"references: unaligned: set"),
+        ({"survey": {"directions": 2}}, r"survey\.directions: 2: set it"),
+        ({"variants": [READS_V], "survey": {"directions": 2}}, r"pushed \(lox\); survey\.directions: 2: set it"),
+    ],
+)
+def test_manifest_without_unaligned_names_all_that_reads_v_at_once(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ManifestError, match=rf"base\.unaligned is not given, but is read for .*{message}") as e:
+        load_manifest(write(tmp_path, MINIMAL | {"base": NO_V} | changes))
+    assert str(e.value).count("base.unaligned") == 1
 
 
 def test_manifest_not_json_or_missing_refused(tmp_path: Path) -> None:

@@ -152,11 +152,11 @@ def test_manifest_of_a_merge_is_whole_and_loads(tmp_path: Path) -> None:
     assert method.weight("code", Place("any", 0.75)) == 0.75
 
 
-def test_manifest_without_unaligned_is_valid_and_a_run_names_what_to_set(tmp_path: Path) -> None:
+def test_manifest_of_a_pure_fusion_needs_no_unaligned_model(tmp_path: Path) -> None:
     conversion = convert(tmp_path, TIES)
-    assert any("base.unaligned" in remark for remark in conversion.remarks)
-    with pytest.raises(SourceError, match=r"unset://base\.unaligned"):
-        open_folder(written(tmp_path, conversion).base.unaligned)
+    assert conversion.manifest["base"] == {"aligned": "./base"}
+    assert not any("unaligned" in remark for remark in conversion.remarks)
+    assert written(tmp_path, conversion).base.unaligned is None
 
 
 def test_what_changes_nothing_is_left_out_with_a_remark(tmp_path: Path) -> None:

@@ -137,9 +137,10 @@ def test_plan_surveys_only_what_some_variant_asks_for(catalogue: Path, tmp_path:
         displacement, survey = (next(s.spec for s in plan.steps if s.kind == k) for k in ("displacement", "survey"))
         return bool(survey["rho"]), int(str(displacement["directions"])), bool(survey["projection"])
 
-    assert asked({"method": "safemerge"}) == (False, 2, False)
-    assert asked({"method": "safemerge", "statistic": "rho"}) == (True, 2, False)
-    assert asked({"method": "safe_lora", "operator": "delete"}, {"method": "csulora", "subspace_directions": 5}) == (
+    assert asked({"method": "safemerge", "statistic": "lift"}) == (False, 2, False)
+    assert asked({"method": "safemerge"}) == (True, 2, False)
+    deleted = {"method": "safe_lora", "statistic": "cosine", "operator": "delete"}
+    assert asked(deleted, {"method": "csulora", "subspace_directions": 5}) == (
         False, 5, False,
     )  # fmt: skip
     assert asked({"method": "safe_lora"}, directions=0) == (True, 0, True)
