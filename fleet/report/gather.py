@@ -14,7 +14,7 @@ from evals.sequential import e_bh, e_value
 from evals.suites import Suite, read_prompts
 from fleet.report.model import CandidateRow, Corrected, MeanRate, MethodSummary, Report, Score, mean
 from fleet.report.published import Published, ScoreKeys, read_published
-from fleet.report.results import edit_of, judge_calibration, read_log, weights_uri
+from fleet.report.results import edit_of, judge_calibration, read_log, warning_of, weights_uri
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan
 from fleet.steps.builder import Candidate
@@ -53,7 +53,20 @@ def make_report(plan: Plan, result: RunResult, published: Published | None = Non
         artifacts=plan.store.uri,
         best=min(passed, key=_harm).name if passed else None,
         published=published.version if published is not None else None,
-        warnings=(*plan.warnings, *([warning] if warning is not None else [])),
+        warnings=(*plan.warnings, *(text for text in (warning, _swapped(rows)) if text is not None)),
+    )
+
+
+def _swapped(rows: Sequence[CandidateRow]) -> str | None:
+    """What to say if the aligned model was measured more harmful than the unaligned one; None if it wasn't, or one of
+    them wasn't scored."""
+    harm = {row.name: row.mean("harmfulness") for row in rows if row.role == "reference"}
+    aligned, unaligned = harm.get("aligned"), harm.get("unaligned")
+    if aligned is None or unaligned is None or aligned <= unaligned:
+        return None
+    return (
+        f"base: the aligned model was measured more harmful ({100 * aligned:.1f} %) than the unaligned one "
+        f"({100 * unaligned:.1f} %): are the two swapped?"
     )
 
 
@@ -172,7 +185,7 @@ def _row(plan: Plan, candidate: Candidate, logs: _Logs, references: _References)
         reasons=tuple(verdict.reasons) if verdict is not None else (),
         edited=f"{sum(m.edit for m in edit.modules)} of {len(edit.modules)}" if edit is not None else None,
         edit_norm=edit.norm if edit is not None else None,
-        warning=edit.warning if edit is not None else None,
+        warning=warning_of(candidate, logs.records),
         incoherent=_incoherent(own.values()),
     )
 

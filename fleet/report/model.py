@@ -76,7 +76,7 @@ class CandidateRow(Frozen):
     edit_norm: float | None = None
     """Only for a realigned model: ‖ΔW_after − ΔW_before‖, Frobenius, over all its modules."""
     warning: str | None = None
-    """What its realign method says a reviewer should know about this model."""
+    """What the steps that made its weights say a person should know of them."""
     incoherent: Rate | None = None
     """Share of its completions that are incoherent; None if coherence was not measured."""
 
@@ -149,8 +149,8 @@ class Report(Frozen):
     published: str | None = None
     """The registry's version that the fused variants were compared with; None if none was published."""
     warnings: tuple[str, ...] = ()
-    """What a reviewer should know of the whole run: what planning found odd in the input, and on which suites the fused
-    variants could not be compared with the published version."""
+    """What a reviewer should know of the whole run: what planning found odd in the input, on which suites the fused
+    variants could not be compared with the published version, and whether the base models look swapped."""
 
     def row(self, name: str) -> CandidateRow:
         """The candidate with this name.

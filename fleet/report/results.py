@@ -10,9 +10,10 @@ from evals.logs import EvalLog
 from fleet.steps.base import Step
 from fleet.steps.builder import Candidate
 from fleet.steps.calibrate import CalibrateResult, CalibrateStep
+from fleet.steps.fuse import FuseStep
 from fleet.steps.mask import MaskStep
 from fleet.steps.realign import RealignResult, RealignStep
-from fleet.steps.record import Record
+from fleet.steps.record import Record, Result
 from fleet.steps.score import ScoreResult
 from fleet.steps.sources import Source
 from fleet.store import Store
@@ -26,8 +27,6 @@ class Edit:
     modules: tuple[ModuleRow, ...]
     norm: float
     """‖ΔW_after − ΔW_before‖, Frobenius, over all modules."""
-    warning: str | None
-    """What the method says a reviewer should know about this model."""
 
 
 def edit_of(candidate: Candidate, records: Mapping[str, Record]) -> Edit | None:
@@ -37,7 +36,19 @@ def edit_of(candidate: Candidate, records: Mapping[str, Record]) -> Edit | None:
     if record is None:
         return None
     result = record.read(RealignResult)
-    return Edit(result.modules, result.edit_norm, result.warning) if result.modules else None
+    return Edit(result.modules, result.edit_norm) if result.modules else None
+
+
+def warning_of(candidate: Candidate, records: Mapping[str, Record]) -> str | None:
+    """What the steps that made a candidate's weights say a person should know of them; None if nothing."""
+    made = candidate.weights
+    steps: list[Step] = [made] if isinstance(made, Step) else []
+    if isinstance(made, RealignStep) and isinstance(made.mask, MaskStep):
+        steps.insert(0, made.mask)
+    if isinstance(made, FuseStep):
+        steps = [*made.trims.values(), made]
+    found = [records[step.key].read(Result).warning for step in steps if step.key in records]
+    return "; ".join(text for text in found if text) or None
 
 
 def module_tables(candidates: Iterable[Candidate], records: Mapping[str, Record]) -> dict[str, Sequence[ModuleRow]]:

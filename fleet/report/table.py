@@ -20,6 +20,9 @@ from fleet.report.wording import (
     suite_headings,
 )
 
+MARK = " !"
+"""After the name of a candidate of which there is a warning below the table."""
+
 _UNLIMITED = 10_000
 """Characters; wider than any table."""
 
@@ -35,7 +38,7 @@ def print_report(report: Report, console: Console) -> None:
         tasks = [suite for kind, suite in columns if kind == "task"]
         table = _candidates_table(report, [column for column in columns if column[0] != "task"], tasks)
     console.print(table)
-    for warning in report.warnings:
+    for warning in (*report.warnings, *_row_warnings(report)):
         console.print(f"warning: {escape(warning)}", soft_wrap=True)
     if len(report.methods) > 1:
         console.print(_methods_table(report))
@@ -67,8 +70,17 @@ def _candidates_table(report: Report, columns: Sequence[tuple[SuiteKind, str]], 
         if together:
             cells.append(_tasks_cell(row, together, headings))
         cells += [row.edited or "", norm_text(row.edit_norm)] if has_edits else []
-        table.add_row(row.name, row.gate or "", *cells)
+        table.add_row(row.name + MARK * (row.warning is not None), row.gate or "", *cells)
     return table
+
+
+def _row_warnings(report: Report) -> list[str]:
+    """What the marks in the table stand for; rows of which the same is said share a line."""
+    rows: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.warning is not None:
+            rows.setdefault(row.warning, []).append(row.name)
+    return [f"{', '.join(names)}: {warning}" for warning, names in rows.items()]
 
 
 def _score_cell(score: Score | None) -> str:

@@ -30,6 +30,7 @@ from fleet.manifest import Manifest
 from fleet.masks.files import MASK_FILE, MASK_JSON, read_granularity
 from fleet.masks.texts import TextSet, open_texts
 from fleet.methods.mask_spec import MaskSpec
+from fleet.run.oddities import warn_of_oddities
 from fleet.steps.base import Step
 from fleet.steps.builder import Candidate, build
 from fleet.steps.context import PlanContext
@@ -125,6 +126,7 @@ def make_plan(manifest: Manifest) -> Plan:
     for note in (note for suite in suites.values() for note in suite.notes):
         context.warn(note)
     candidates = build(context)
+    warn_of_oddities(context)
     steps = tuple(context.steps.values())
     done, warnings = _done(store, steps), tuple(context.warnings)
     return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, done, warnings)

@@ -22,6 +22,11 @@ from fleet.steps.view import RunView
 from fleet.steps.weights import written_size
 from fleet.work.unit import Found
 
+NOTHING_LEFT = (
+    "it is the aligned model: nothing of its members' task vectors is left in the dtype of its files; look at their "
+    "edits, and at the fusion's weights, scale and density"
+)
+
 
 class FuseResult(Result):
     """What a fusion says beside its files."""
@@ -101,7 +106,20 @@ class FuseStep(WeightsStep):
             FuseUnit(run.bases.aligned.uri, members, self.method, self.as_lora, thresholds or None, shard, output)
             for shard in run.shards(self)
         ]
-        return UnitList(unit_per_shard(units, self.read_bytes), finished, FuseResult)
+        return FuseWalk(unit_per_shard(units, self.read_bytes), finished, FuseResult)
+
+
+class FuseWalk(UnitList):
+    """A unit per shard; the result also says if none of them changed anything."""
+
+    def result(self, step: Step) -> FuseResult:
+        merged: dict[str, Json] = {}
+        for record in self.records(step):
+            merged |= record.result
+        merged.pop("changed", None)
+        if not any(record.result.get("changed", True) for record in self.records(step)):
+            merged["warning"] = NOTHING_LEFT
+        return FuseResult.model_validate(merged)
 
 
 def largest_rank(method: AnyFusionMethod, members: Mapping[str, Weights]) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from fleet.algebra.delta import LowRank
 from fleet.algebra.random_edits import named_generator
@@ -14,11 +17,12 @@ from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.curvature import Curvature
 from fleet.checkpoint.curvature_tensors import CurvatureOf
 from fleet.checkpoint.full_model import FullModel
-from fleet.checkpoint.model import Model, lora_rank
+from fleet.checkpoint.model import Model, lora_rank, touched_tensors
 from fleet.checkpoint.modules import canonical_shape
 from fleet.checkpoint.opened import open_curvature, open_full, open_model
 from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.task_vectors import read_factors
+from fleet.checkpoint.tensors import read_rows
 from fleet.checkpoint.write import of_rank, write_adapter, write_shard
 from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod
@@ -45,7 +49,7 @@ class FuseUnit:
     pool: ClassVar[PoolName] = "tensor"
 
     def run(self, host: Worker) -> UnitRecord:
-        """Write the shard."""
+        """Write the shard; the record says whether anything in it is other than in the aligned model."""
         aligned = open_full(self.aligned)
         members = {m.name: open_model(m.uri) for m in self.members_M}
         curvatures = {m.name: open_curvature(m.curvature) for m in self.members_M if m.curvature is not None}
@@ -53,7 +57,9 @@ class FuseUnit:
             return self._lora(aligned, members, curvatures)
         with ThreadPoolExecutor(1) as reader:
             fusion = StreamedFusion(aligned, members, self.method, self.thresholds, reader, curvatures)
-            return UnitRecord(files=write_shard(self.output, self.shard, aligned, fusion.tensor))
+            watch = _Watch(aligned, {name for member in members.values() for name in touched_tensors(member)})
+            files = write_shard(self.output, self.shard, aligned, lambda name: watch.seen(name, fusion.tensor(name)))
+            return UnitRecord(files=files, result={"changed": watch.changed})
 
     def _lora(self, aligned: FullModel, members: dict[str, Model], curvatures: dict[str, Curvature]) -> UnitRecord:
         """Write a whole LoRA; the record says what recompression lost in each module."""
@@ -64,6 +70,7 @@ class FuseUnit:
             ranks_M = [lora_rank(adapter, _module(name)) for adapter in adapters.values()]
             ranks[name] = fused_rank(self.method, ranks_M, canonical_shape(aligned, name))
         lost: dict[str, float] = {}
+        changed = False
 
         def factors(name: str) -> LowRank:
             found = {member: read_factors(adapter, name) for member, adapter in adapters.items()}
@@ -72,12 +79,49 @@ class FuseUnit:
             known = CurvatureOf(self.method.curvature, curvatures, aligned, name)
             fused = self.method.fuse(deltas, weights, where[name], WHOLE, self.thresholds, known)
             delta, lost[_module(name)] = truncated(fused, ranks[name], named_generator(0, _module(name)))
+            nonlocal changed
+            changed = changed or delta.norm() > 0.0
             return of_rank(delta, ranks[name])
 
         written = write_adapter(self.output, self.shard, aligned, ranks, factors, [*adapters.values()])
         residuals: dict[str, Json] = {module: short(value) for module, value in lost.items() if value}
-        result: dict[str, Json] = {"max_rank": written.max_rank, "recompression_residual": residuals}
+        result: dict[str, Json] = {
+            "max_rank": written.max_rank, "recompression_residual": residuals, "changed": changed
+        }  # fmt: skip
         return UnitRecord(files=written.files, result=result)
+
+
+class _Watch:
+    """Looks whether what is written is other than the aligned model, in the dtype of its files; until it is, once.
+
+    Args:
+        touched: the tensors that some member changes.
+    """
+
+    def __init__(self, aligned: FullModel, touched: Set[str]) -> None:
+        self._aligned = aligned
+        self._touched = touched
+        self.changed = False
+
+    def seen(self, name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The pieces of one tensor, in the order of its entries, as they are."""
+        if self.changed or name not in self._touched:
+            yield from pieces
+            return
+        start = 0
+        for piece in pieces:
+            if not self.changed:
+                aligned = self._entries(name, start, start + piece.numel())
+                self.changed = not torch.equal(piece.to(aligned.dtype).flatten(), aligned)
+                start += piece.numel()
+            yield piece
+
+    def _entries(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Entries [start, stop) of one tensor of the aligned model, in its files' dtype and order."""
+        info = self._aligned.tensors[name]
+        columns = info.shape[-1] if info.shape else 1
+        first, last = start // columns, -(-stop // columns)
+        return read_rows(self._aligned.folder, info, first, last).flatten()[start - first * columns :][: stop - start]
 
 
 def _module(tensor: str) -> str:

@@ -30,7 +30,7 @@ from fleet.masks.masked_model import ALONE, Group
 from fleet.masks.objective import dpo_losses
 from fleet.masks.tasks import NOTHING, Compute, LogProbsTask, MaskTask, Texts, Trained
 from fleet.masks.texts import held_out, open_texts, split
-from fleet.masks.training import LOG_PROBS_FILE, learn_mask, learning_rate, log_probs
+from fleet.masks.training import LOG_PROBS_FILE, learn_mask, learning_rate, log_probs, standstill
 from fleet.methods import Somf
 from fleet.methods.mask_spec import MaskTraining
 from fleet.store import open_store
@@ -215,6 +215,12 @@ def test_record_tells_the_best_every_evaluation_and_how_much_is_kept(bench: Benc
     assert result["num_logits"] == sum(t.numel() for t in logits.values())
     above = sum(int((t >= 0).sum()) for t in logits.values())
     assert result["share_above_half"] == pytest.approx(above / result["num_logits"])
+    assert "warning" not in result
+
+
+def test_record_of_a_mask_that_stayed_at_its_start_says_so(bench: Bench) -> None:
+    task = bench.task("still", {"steps": 1, "learning_rate": 1e-4, "held_out": 0.0})
+    assert "nearly at its start" in str(trained(task).result["warning"])
 
 
 def test_every_update_and_evaluation_is_told_in_order(done: Done) -> None:
@@ -493,6 +499,22 @@ def test_factor_mask_on_an_adapter_that_continues_is_learned(bench: Bench) -> No
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def test_warm_up_is_at_most_a_fifth_of_the_updates_unless_it_is_given() -> None:
+    """The published 320 updates and the demo's 120 warm up over 20, as ever; four start at their peak."""
+    by_steps = {steps: MaskTraining(steps=steps).warmup_steps for steps in (1, 4, 10, 99, 100, 120, 320)}
+    assert by_steps == {1: 0, 4: 0, 10: 2, 99: 19, 100: 20, 120: 20, 320: 20}
+    assert MaskTraining(steps=4, warmup_steps=20).warmup_steps == 20
+    assert learning_rate(MaskTraining(steps=4), 0) == MaskTraining().learning_rate
+    assert MaskTraining.model_validate(MaskTraining(steps=10).model_dump()) == MaskTraining(steps=10)
+
+
+def test_mask_that_hardly_moved_says_so() -> None:
+    """From σ(0) = ½, a logit of 0.01 is 0.005 and so a hundredth of the mask's value; from σ(2) = 0.88 it is less."""
+    assert "0.005 of themselves away from it" in (standstill(0.0, 0.01) or "")
+    assert standstill(0.0, 0.03) is None
+    assert standstill(2.0, 0.03) is not None
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:

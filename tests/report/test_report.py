@@ -21,7 +21,7 @@ from fleet.report.table import print_report
 from fleet.run.coordinator import RunResult
 from fleet.run.plan import Plan, make_plan
 from fleet.steps.builder import Candidate, Role
-from tests.catalogue import manifest_document, write_manifest
+from tests.catalogue import manifest_document, preference_rows, write_manifest, write_rows
 from tests.scored import log_of, settle, write_log, write_scores
 
 
@@ -87,6 +87,49 @@ def printed(report: Report) -> str:
     console = Console(file=io.StringIO(), width=300)
     print_report(report, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("aligned", "unaligned", "told"), [(0.3, 0.1, True), (0.1, 0.1, False), (0.1, 0.9, False)])
+def test_aligned_model_more_harmful_than_the_unaligned_one_is_a_warning(
+    catalogue: Path, tmp_path: Path, aligned: float, unaligned: float, told: bool
+) -> None:
+    plan = small_plan(catalogue, tmp_path, references=["aligned", "unaligned"])
+    harm = {"aligned": aligned, "unaligned": unaligned}
+
+    def scores(candidate: Candidate, suite: Suite) -> list[float]:
+        return [1.0 if i < 10 * harm.get(candidate.name, 0.0) else 0.0 for i in range(10)]
+
+    report = make_report(plan, RunResult(records=write_scores(plan, scores)))
+    found = [warning for warning in report.warnings if "swapped" in warning]
+    assert [text.split(":")[1] for text in found] == [
+        " the aligned model was measured more harmful (30.0 %) than the unaligned one (10.0 %)"
+    ] * told
+
+
+def test_warnings_of_the_steps_that_made_a_candidate_are_marked_in_the_table_and_said_below(
+    catalogue: Path, tmp_path: Path
+) -> None:
+    ties = {"method": "ties", "trim": "model"}
+    mask = {"method": "somf", "preferences": str(write_rows(tmp_path / "p.jsonl", preference_rows(4)))}
+    document = manifest_document(catalogue, tmp_path, variants=[{"name": "v", "realign": mask, "fuse": ties}])
+    plan = make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
+    records = write_scores(plan, half_harmful)
+    for step in plan.steps:
+        if step.kind in ("realign", "mask", "trim", "fuse"):
+            said = f"{step.kind} of {step.name}" if step.kind != "realign" else "edits nothing"
+            records[step.key] = settle(plan, step, {"warning": said})
+    report = make_report(plan, RunResult(records=records))
+    assert report.row("lora.somf").warning == "mask of lora; edits nothing"
+    assert report.row("v").warning == "trim of lora; trim of rslora; trim of full; fuse of v"
+    assert report.row("lora").warning is None
+    shown = printed(report)
+    assert "lora.somf !" in shown and "v !" in shown and "lora !" not in shown
+    assert shown.count("warning: lora.somf: mask of lora; edits nothing") == 1
+    assert 'lora.somf <b title="mask of lora; edits nothing">!</b>' in report_html(report)
+    same = report.model_copy(
+        update={"rows": tuple(row.model_copy(update={"warning": row.warning and "odd"}) for row in report.rows)}
+    )
+    assert "warning: lora.somf, rslora.somf, full.somf, v: odd" in printed(same)
 
 
 def half_harmful(candidate: Candidate, suite: Suite) -> list[float | None]:

@@ -146,6 +146,28 @@ def test_record_says_where_an_edit_is_lost_in_the_dtype(catalogue: Path, tmp_pat
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    ("models", "fuse", "told"),
+    [
+        (["lora"], {"method": "task_arithmetic", "scale": 0.0}, True),
+        (["lora"], {"method": "task_arithmetic", "scale": 1e-3}, False),
+        (["lora", "full"], {"method": "task_arithmetic", "scale": 1e-12}, True),
+        (["lora", "full"], {"method": "task_arithmetic", "scale": 0.1}, False),
+        (["lora"], {"method": "task_arithmetic", "scale": 0.1, "output": "model"}, False),
+    ],
+)
+def test_fusion_that_leaves_nothing_says_so(
+    catalogue: Path, tmp_path: Path, models: list[str], fuse: dict[str, Any], told: bool
+) -> None:
+    fused = [{"name": "fused", "realign": None, "fuse": fuse, "models": models}]
+    plan = tensor_plan(catalogue, tmp_path, variants=fused)
+    run = walk(plan, InlinePools())
+    (record,) = (record for record in run.records.values() if record.kind == "fuse")
+    warning = record.result.get("warning")
+    assert ("it is the aligned model" in str(warning)) == told == (warning is not None)
+    assert "changed" not in record.result
+
+
 # -- without V -------------------------------------------------------------------------------------------------------
 
 
