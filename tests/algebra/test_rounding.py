@@ -45,8 +45,10 @@ def test_stored_edit_without_a_direction_changes_nothing() -> None:
 
 def test_stored_norm_is_met_where_scaling_moves_all_entries_at_once() -> None:
     """Each entry moves by one step or by none: of one factor for all, the norm is that of none or of 4096 steps."""
-    weights, edit = torch.ones(64, 64), torch.full((64, 64), 1 / 128)
-    found = stored_with_norm(weights, edit, 32 / 128, torch.bfloat16, torch.Generator().manual_seed(0))
-    moved = (found - weights) * 128
-    assert set(moved.unique().tolist()) == {0.0, 1.0}
-    assert float(moved.sum()) == pytest.approx(32**2, rel=0.1), "the square of the norm, in steps"
+    weights = torch.ones(64, 64)
+    for size in (1.0, 0.3):  # in steps: without a search all entries move, or none
+        edit = torch.full((64, 64), size / 128)
+        found = stored_with_norm(weights, edit, 32 / 128, torch.bfloat16, torch.Generator().manual_seed(0))
+        moved = (found - weights) * 128
+        assert set(moved.unique().tolist()) == {0.0, 1.0}
+        assert float(moved.sum()) == pytest.approx(32**2, rel=0.1), "the square of the norm, in steps"

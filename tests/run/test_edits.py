@@ -25,6 +25,8 @@ Results = dict[str, tuple[Path, RealignResult]]
 
 MERGED = {"method": "safemerge", "threshold": 2.0}
 """ρ is at most 1: every module is merged."""
+SHRUNK = {"method": "wise_ft", "alpha": 0.8}
+"""A fifth of ΔW is about half a step of bfloat16."""
 CONTROLS = ("uniform_scaling", "random_modules", "random_subspace", "noise")
 WITHOUT_V: dict[str, Any] = {
     "halved": {"method": "wise_ft"},
@@ -71,9 +73,7 @@ def stored(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """A bfloat16 full model a few steps of its dtype away from the aligned one, by a method and its controls."""
     work = tmp_path_factory.mktemp("stored")
     source = near(catalogue, work / "near", 0.01)
-    methods = {"merged": MERGED, "kept": {"method": "wise_ft", "alpha": 0.95}} | {
-        c: {"method": c, "of": MERGED} for c in CONTROLS
-    }
+    methods = {"merged": MERGED, "shrunk": SHRUNK} | {c: {"method": c, "of": SHRUNK} for c in CONTROLS}
     plan = tensor_plan(catalogue, work, models=[{"name": "near", "source": str(source)}], variants=variants(methods))
     return source, results(plan, walk(plan, InlinePools()))
 
@@ -94,16 +94,15 @@ def test_record_of_a_full_model_has_the_edit_norms_of_its_files(stored: tuple[Pa
 @pytest.mark.parametrize("label", CONTROLS)
 def test_control_has_its_methods_norm_once_stored(stored: tuple[Path, Results], label: str) -> None:
     _, found = stored
-    assert found[f"near.{label}"][1].edit_norm == pytest.approx(found["near.safemerge"][1].edit_norm, rel=2e-3)
+    assert found[f"near.{label}"][1].edit_norm == pytest.approx(found["near.wise_ft"][1].edit_norm, rel=5e-3)
 
 
 def test_edit_that_rounding_distorts_is_said(stored: tuple[Path, Results]) -> None:
-    """A twentieth of ΔW is less than half a step of bfloat16 nearly everywhere."""
     _, found = stored
     result = found["near.wise_ft"][1]
     asked = sum((row.asked_norm or row.edit_norm or 0.0) ** 2 for row in result.modules) ** 0.5
     whole = sum((row.delta_norm or 0.0) ** 2 for row in result.modules) ** 0.5
-    assert asked == pytest.approx(0.05 * whole, rel=1e-3)
+    assert asked == pytest.approx(0.2 * whole, rel=1e-3)
     assert abs(result.edit_norm - asked) > 0.01 * asked
     assert f"was to have the norm {asked:.3g}"[:-1] in (result.warning or "")
 
