@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fleet.checkpoint.belongs import ARCHITECTURE_FIELDS
+from fleet.checkpoint.configs import differences, text_field
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.peft_rules import declared_ranks, why_unservable
 from fleet.core.errors import EvalError
@@ -40,24 +40,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 MAX_SERVED_RANK = VLLM_RANKS[-1]
 """The largest LoRA rank vLLM serves."""
-
-# Fields of config.json, beside the shapes, that change what the same weights compute.
-_COMPUTED_FIELDS = (
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "attention_bias",
-    "mlp_bias",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "query_pre_attn_scalar",
-    "partial_rotary_factor",
-    "sliding_window",
-    "use_sliding_window",
-)
 
 
 class UnservableError(EvalError):
@@ -157,7 +139,7 @@ def engine_env(options: EngineOptions, num_threads: int = 1) -> dict[str, str]:
 
 def engine_length(config: Mapping[str, Any]) -> int:
     """Tokens of prompt and completion where the user says nothing: the model's own limit, at most the default's."""
-    limit = config.get("max_position_embeddings")
+    limit = text_field(config, "max_position_embeddings", "n_positions")
     return min(limit, DEFAULT_MAX_MODEL_LEN) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN
 
 
@@ -253,17 +235,12 @@ def weights_mismatch(resident: FullModel, candidate: FullModel) -> list[str]:
 
 
 def config_mismatch(resident: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
-    """Every field of two normalised configurations that differs and changes what the weights compute.
+    """Every field of two `config.json`s that differs and changes what the weights compute, as planning asks too.
 
     Swapping weights does not swap the configuration: a candidate with another rope or normalisation would be
-    scored as something it is not. Read both through transformers, whose versions spell the same thing
-    differently in config.json (rope_theta, rope_parameters).
+    scored as something it is not.
     """
-    return [
-        f"{field} is {candidate.get(field)!r}, not {resident.get(field)!r}"
-        for field in (*ARCHITECTURE_FIELDS, *_COMPUTED_FIELDS)
-        if candidate.get(field) != resident.get(field)
-    ]
+    return [str(found) for found in differences(candidate, resident)]
 
 
 def lora_id(identity: str) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from evals.batching import EngineThread
 from evals.engine import (
@@ -159,8 +159,10 @@ class Replica:
 
     def _check_weights(self, model: ServedModel, folder: Path) -> None:
         where = f"candidate {model.name} ({folder})"
-        problems = weights_mismatch(self._resident, _read_full_model(folder, where))
-        problems += config_mismatch(_read_config(self.model_dir), _read_config(folder))
+        candidate = _read_full_model(folder, where)
+        problems = weights_mismatch(self._resident, candidate) + config_mismatch(
+            self._resident.config, candidate.config
+        )
         if problems:
             raise UnservableError(f"{where} does not fit {self.model_dir}: {describe(problems)}")
 
@@ -261,13 +263,6 @@ def _read_full_model(folder: Path, where: str) -> FullModel:
     if not isinstance(model, FullModel):
         raise UnservableError(f"{where}: {folder} holds an adapter, not a full model")
     return model
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    read = cast(Callable[[Path], Any], AutoConfig.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
-    return read(folder).to_dict()
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

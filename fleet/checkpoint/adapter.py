@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fleet.checkpoint.headers import TENSOR_BYTES, TensorInfo, check_dtypes, read_headers, read_json
 from fleet.checkpoint.modules import MODULE_EXCLUDED
 from fleet.checkpoint.peft_rules import declared_rank, declared_scale, why_unreadable
+from fleet.checkpoint.tables import HEADS, TOKEN_TABLES
 from fleet.core.errors import CheckpointError, some
 from fleet.core.identity import Json
 from fleet.store import Folder
@@ -77,6 +78,12 @@ class Adapter:
     config: dict[str, Json]
     modules: dict[str, LoraModule]
     replaced: dict[str, TensorInfo]
+
+    @property
+    def keeps_tie(self) -> bool:
+        """Whether it changes a tied base's embedding and output head as one, which `modules` and `replaced` name once:
+        as the embedding."""
+        return bool(self.config.get("ensure_weight_tying"))
 
     @property
     def max_rank(self) -> int:
@@ -148,7 +155,30 @@ def read_adapter(folder: Folder) -> Adapter:
     if not found:
         raise CheckpointError(f"{folder.uri}: the adapter has no LoRA factors")
     modules = {name: _lora_module(folder.uri, config, name, roles) for name, roles in sorted(found.items())}
-    return Adapter(folder, config, modules, dict(sorted(replaced.items())))
+    adapter = Adapter(folder, config, modules, dict(sorted(replaced.items())))
+    return _without_tied_head(adapter) if adapter.keeps_tie else adapter
+
+
+def _without_tied_head(adapter: Adapter) -> Adapter:
+    """An adapter without its copy of what it does to the embedding of a tied base, which PEFT saves as the head's.
+
+    The config then names the embedding alone (peft 0.21.2, `_add_modules_to_save_to_tie` and `_add_targets_to_tie`).
+    The copy of a LoRA is the same product turned: lora_A is lora_embedding_B's transpose, lora_B lora_embedding_A's.
+    """
+    modules, replaced = adapter.modules, adapter.replaced
+    has_table = any(set(name.split(".")) & TOKEN_TABLES for name in (*modules, *replaced))
+    named = [name for field in ("target_modules", "modules_to_save") for name in _list(adapter.config.get(field))]
+    if not has_table or any(set(str(name).split(".")) & HEADS for name in named):
+        return adapter
+    return replace(
+        adapter,
+        modules={name: module for name, module in modules.items() if not set(name.split(".")) & HEADS},
+        replaced={name: info for name, info in replaced.items() if not set(name.split(".")) & HEADS},
+    )
+
+
+def _list(value: Json) -> list[Json]:
+    return value if isinstance(value, list) else []
 
 
 def _lora_module(where: str, config: dict[str, Json], module: str, roles: dict[str, TensorInfo]) -> LoraModule:

@@ -1,44 +1,80 @@
-"""Whether a model belongs to the aligned one: every tensor has its partner, of the same shape."""
+"""Whether a model belongs to the aligned one: every tensor has its partner, of the same shape, and computes alike."""
 
 from __future__ import annotations
 
 from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.configs import differences, text_field, ties_head
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model
-from fleet.checkpoint.modules import HEADS, TOKEN_TABLES, canonical_shape, is_transposed
+from fleet.checkpoint.modules import canonical_shape, is_transposed
+from fleet.checkpoint.tables import HEADS, TOKEN_TABLES, output_head, same_values, token_table
 from fleet.core.errors import CheckpointError, some
-from fleet.core.identity import Json
 
-ARCHITECTURE_FIELDS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta",
-    "hidden_act", "num_local_experts", "num_experts",
-)  # fmt: skip
-"""What must agree in `config.json` between a base and a full fine-tune for their difference to mean anything."""
+_MODELS_WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How classes are called that need an output head to say anything."""
 
 
 def check_belongs(model: Model, aligned: FullModel) -> None:
-    """Every tensor of `model` has its partner in the aligned model, of the same shape.
+    """Every tensor of `model` has its partner in the aligned model, of the same shape, and the two compute the same
+    with the same tensors: what is subtracted, fused and served under the aligned model's config is weights alone.
+
+    An adapter has no config of its own to compare. A base model that is only subtracted is held to the same: where its
+    config differs, alignment changed more than its weights say.
 
     Raises:
-        CheckpointError: listing every missing, extra or mis-shaped tensor and every architecture field that differs.
+        CheckpointError: listing every missing, extra or mis-shaped tensor and every field of the configs that differs.
     """
     problems = _adapter_problems(model, aligned) if isinstance(model, Adapter) else _full_model_problems(model, aligned)
     if problems:
         raise CheckpointError(f"{model.folder.uri} doesn't fit {aligned.folder.uri}: " + "; ".join(problems))
 
 
+def check_head(model: FullModel) -> None:
+    """A model's output head is what its config says: the embedding, or a tensor of its own.
+
+    Raises:
+        CheckpointError: it is tied and its files hold another head; or it isn't, and they hold none.
+    """
+    if problem := _head_problem(model):
+        raise CheckpointError(f"{model.folder.uri}: {problem}")
+
+
+def _head_problem(model: FullModel) -> str:
+    """What is wrong with a model's output head, and what to do; empty if nothing is."""
+    head, table = model.tied_head, token_table(model.tensors)
+    if head is not None and table is not None and not same_values(model.folder, head, table):
+        return (
+            f"config.json ties the output head to the embedding, but {head.name} differs from {table.name}, and some "
+            'engines would take the one, some the other; write "tie_word_embeddings": false if the head was trained, '
+            "or save the model without it"
+        )
+    classes = model.config.get("architectures")
+    needs_head = isinstance(classes, list) and any(str(name).endswith(_MODELS_WITH_HEADS) for name in classes)
+    if table is None or not needs_head or ties_head(model.config):
+        return ""
+    others = [t for t in model.tensors.values() if t.shape == table.shape and t is not table]
+    return (
+        ""
+        if others
+        else (
+            f"config.json says that the output head is no copy of the embedding, but the files hold no head beside "
+            f'{table.name}; write "tie_word_embeddings": true if they are one, or save the model with its lm_head'
+        )
+    )
+
+
 def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
     problems: list[str] = []
     weights = {f"{name}.weight" for name in (*adapter.modules, *_saved_modules(adapter))}
-    tied = {name for name in weights | set(adapter.replaced) if _is_tied(aligned, name)}
+    tables = {name for name in weights | set(adapter.replaced) if set(name.split(".")) & (TOKEN_TABLES | HEADS)}
+    # With `ensure_weight_tying` PEFT keeps the two uses of a tied table one, and what is left of the adapter says it.
+    tied = tables if _is_tied(aligned) and not adapter.keeps_tie else set[str]()
     if tied:
-        # One tensor of the base has two uses here, and PEFT treats them apart: a LoRA changes one use when the adapter
-        # runs and both when it is merged, and merging a saved embedding or head unties the two.
+        problems.append(_untied_by_adapter(adapter, aligned, tied))
+    if tables and adapter.keeps_tie and output_head(aligned.tensors) is not None:
         problems.append(
-            f"the base ties its output head to its embedding, and the adapter changes one of them ({some(tied)}); no "
-            "tied model says the same: give base models with an lm_head of their own (from_pretrained(…, "
-            "tie_word_embeddings=False), copy the embedding into lm_head, save_pretrained)"
+            "ensure_weight_tying: the adapter changes a tied base's embedding and output head as one, but this base "
+            "has a head of its own; give the tied base it was trained on, or merge it there and give the full model"
         )
     for name, module in adapter.modules.items():
         base = aligned.tensors.get(f"{name}.weight")
@@ -55,11 +91,12 @@ def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
             if name not in tied:
                 problems.append(f"tensor {name} is not in the base")
         elif base.shape != info.shape:
-            problems.append(
-                f"tensor {name} is {info.shape}, but the base's is {base.shape}; an adapter with a vocabulary of its "
-                "own size has no task vector: fold it into its base with that vocabulary (PEFT's merge_and_unload), "
-                "give the full model with its tokenizer, and set checkpoint.vocabulary"
-            )
+            if name not in tied:
+                problems.append(
+                    f"tensor {name} is {info.shape}, but the base's is {base.shape}; an adapter with a vocabulary of "
+                    "its own size has no task vector: fold it into its base with that vocabulary (PEFT's "
+                    "merge_and_unload), give the full model with its tokenizer, and set checkpoint.vocabulary"
+                )
         elif is_transposed(aligned, name):
             # An adapter's own files don't say how its base stores a tensor, and a square one wouldn't show it.
             problems.append(
@@ -73,11 +110,38 @@ def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
     return problems
 
 
-def _is_tied(aligned: FullModel, name: str) -> bool:
-    """Whether a tensor is the embedding or head of a tied base: one without a head of its own in its files."""
-    if not set(name.split(".")) & (TOKEN_TABLES | HEADS) or aligned.config.get("tie_word_embeddings") is False:
-        return False
-    return not any(set(n.split(".")) & HEADS for n in aligned.tensors)
+def _untied_by_adapter(adapter: Adapter, aligned: FullModel, tied: set[str]) -> str:
+    """What to do where an adapter changes one of a tied table's two uses, or both apart.
+
+    PEFT treats the two apart: a LoRA changes one use when the adapter runs and both when it is merged, and merging a
+    saved embedding or head unties them.
+    """
+    table = token_table(aligned.tensors)
+    rows = {info.shape[0] for name, info in adapter.replaced.items() if name in tied and info.shape}
+    grown = sorted(rows - {table.shape[0]}) if table is not None else []
+    steps = [
+        "save the aligned model with a head of its own (m = AutoModelForCausalLM.from_pretrained(ALIGNED, "
+        "tie_word_embeddings=False); m.lm_head.weight.data = m.get_input_embeddings().weight.data.clone(); "
+        "m.save_pretrained(OUT); the tokenizer too) and give it as base.aligned: tied full models are read likewise"
+    ]
+    if grown:
+        steps += [
+            f"fold the adapter, whose tables have {grown[-1]} rows, into that (m.resize_token_embeddings("
+            f"{grown[-1]}); PeftModel.from_pretrained(m, ADAPTER).merge_and_unload().save_pretrained(MERGED); the "
+            "adapter's tokenizer too)",
+            'give MERGED as the model\'s source, and set checkpoint.vocabulary to "union"',
+        ]
+    told = steps[0] if len(steps) == 1 else "; ".join(f"({i}) {step}" for i, step in enumerate(steps, 1))
+    return (
+        f"the base ties its output head to its embedding, and the adapter changes them apart ({some(tied)}), which no "
+        f"tied model says: {told}"
+    )
+
+
+def _is_tied(aligned: FullModel) -> bool:
+    """Whether the base's head is its embedding: there is no head in its files, and no word against it in its config."""
+    said = text_field(aligned.config, "tie_word_embeddings")
+    return said is not False and not any(set(name.split(".")) & HEADS for name in aligned.tensors)
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:
@@ -95,12 +159,14 @@ def _is_within(tensor: str, entry: str) -> bool:
 
 
 def _full_model_problems(model: FullModel, aligned: FullModel) -> list[str]:
-    ours, theirs = _architecture(model.config), _architecture(aligned.config)
-    problems = [
-        f"config.json: {field} is {ours[field]!r}, the base's is {theirs[field]!r}"
-        for field in ARCHITECTURE_FIELDS
-        if field in ours and field in theirs and ours[field] != theirs[field]
-    ]
+    problems: list[str] = []
+    if unlike := differences(model.config, aligned.config):
+        problems.append(
+            f"its config.json computes something else with the same weights ({', '.join(map(str, unlike))}); if that is "
+            "a slip, write the base's values, else give base models of its configuration"
+        )
+    if problem := _head_problem(model):
+        problems.append(problem)
     if missing := sorted(set(aligned.tensors) - set(model.tensors)):
         problems.append(f"missing tensors: {', '.join(missing)}")
     if extra := sorted(set(model.tensors) - set(aligned.tensors)):
@@ -117,15 +183,3 @@ def _full_model_problems(model: FullModel, aligned: FullModel) -> list[str]:
             'if tokens were added or rows padded, set checkpoint.vocabulary to "aligned", "union" or {"model": NAME}'
         )
     return problems
-
-
-def _architecture(config: dict[str, Json]) -> dict[str, Json]:
-    """What a config says of the architecture. A field it leaves to the default is not compared: transformers writes
-    fewer or more of them by version, and `rope_theta` inside `rope_parameters` since version 5."""
-    found = {field: config[field] for field in ARCHITECTURE_FIELDS if config.get(field) is not None}
-    match config.get("rope_parameters"):
-        case {"rope_theta": int() | float() as theta}:
-            found["rope_theta"] = theta
-        case _:
-            pass
-    return found

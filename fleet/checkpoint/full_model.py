@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from fleet.checkpoint.configs import ties_head
 from fleet.checkpoint.fp8 import dequantised, fp8_method
 from fleet.checkpoint.headers import FP8_DTYPES, TENSOR_BYTES, TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.tables import output_head, token_table
 from fleet.checkpoint.views import ViewFolder
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
@@ -28,6 +30,8 @@ class FullModel:
     tensors: dict[str, TensorInfo]
     is_quantised: bool = False
     """Whether the files themselves are fp8; one that is read in another vocabulary has float32 in its place."""
+    tied_head: TensorInfo | None = None
+    """The head that a tied model's files hold beside the embedding; `belongs` checks that it is the same."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,7 +69,8 @@ def read_full_model(folder: Folder) -> FullModel:
         folder = dequantised(folder, config, found)
         config, found = read_json(folder, "config.json"), read_headers(folder, "model")
     tensors = {n: t for n, t in found.items() if not _DERIVED_BUFFER.search(n)}
-    if config.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)
     check_dtypes(folder.uri, tensors)
-    return FullModel(folder, config, tensors, is_quantised)
+    head = output_head(tensors) if token_table(tensors) and ties_head(config) else None
+    if head is not None:
+        del tensors[head.name]
+    return FullModel(folder, config, tensors, is_quantised, head)

@@ -17,9 +17,6 @@ MODULE_EXCLUDED = (
 )  # fmt: skip
 """2-D weights that are look-up tables or the output head, not modules in the sense of the realign methods."""
 
-TOKEN_TABLES = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte", "tokens_embed"})
-HEADS = frozenset({"lm_head", "embed_out"})
-
 # transformers' Conv1D stores (d_in, d_out). The names alone decide nothing: GPT-Neo and StarCoder call Linears so too.
 _CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_MODULES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})

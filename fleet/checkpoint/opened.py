@@ -1,4 +1,4 @@
-"""From an address to the model behind it: a store's folder, the Hub's, or a view of one in another vocabulary.
+"""From an address to the model behind it: a folder of a store or the Hub, or a view of one (of vocabulary or head).
 
 `open_model`, `open_full` and `open_curvature` keep the headers they have read, for the many units of work that name the
 same models. They are for what doesn't change while a process runs: artifacts, pinned sources, sources of a planned run.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from fleet.checkpoint.curvature import Curvature, read_curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import HEADERS_CACHE_BYTES, TENSOR_BYTES
+from fleet.checkpoint.heads import open_base_folder
 from fleet.checkpoint.model import Model, read_model, require_full_model
 from fleet.checkpoint.vocabulary import VOCABULARY_SCHEME, open_in_vocabulary
 from fleet.core.sized_cache import SizedCache
@@ -16,13 +17,14 @@ from fleet.store import Folder, open_folder
 
 
 def open_model_folder(uri: str) -> Folder:
-    """The folder of a model, which may be one that is read in another vocabulary; see `Vocabulary.address`.
+    """The folder of a model, which may be read in another vocabulary (`Vocabulary.address`) or with another head
+    (`with_head_of`).
 
     Raises:
         SourceError: as `open_folder`.
         CheckpointError: the models that a vocabulary is made of can't be read, or don't go together.
     """
-    return open_in_vocabulary(uri) if uri.startswith(VOCABULARY_SCHEME) else open_folder(uri)
+    return open_in_vocabulary(uri) if uri.startswith(VOCABULARY_SCHEME) else open_base_folder(uri)
 
 
 def open_model(uri: str) -> Model:

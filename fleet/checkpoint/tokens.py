@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import HEADERS_CACHE_BYTES, TensorInfo
+from fleet.checkpoint.heads import open_base_folder
 from fleet.checkpoint.model import read_model, require_full_model
-from fleet.checkpoint.modules import HEADS, TOKEN_TABLES
+from fleet.checkpoint.tables import HEADS, TOKEN_TABLES
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.core.sized_cache import SizedCache
-from fleet.store import Folder, open_folder
+from fleet.store import Folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,7 +78,7 @@ def tokens_of(uri: str, aligned: str) -> Tokens:
         CheckpointError: nothing tells which row is which token's, or its tokenizer is of another kind than the aligned
             model's.
     """
-    model, folder = full_model(uri), open_folder(uri)
+    model, folder = full_model(uri), open_base_folder(uri)
     rows = _num_rows(model)
     if TOKENIZER not in folder.files():
         if uri != aligned and rows == _num_rows(full_model(aligned)):
@@ -125,7 +126,7 @@ def tokenizer_of(folder: Folder) -> Tokenizer:
 
 
 _full_models: SizedCache[str, FullModel] = SizedCache(
-    lambda uri: require_full_model(read_model(open_folder(uri)), uri),
+    lambda uri: require_full_model(read_model(open_base_folder(uri)), uri),
     lambda model: model.memory_bytes,
     HEADERS_CACHE_BYTES,
 )

@@ -22,13 +22,15 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from fleet.checkpoint.configs import has_field, text_field, with_text_fields, without_text_fields
+from fleet.checkpoint.heads import open_base_folder
 from fleet.checkpoint.model import content_identity, is_companion, read_model
 from fleet.checkpoint.row_tables import Row, RowTable, runs_of
 from fleet.checkpoint.tokens import TOKENIZER, full_model, token_tables, tokenizer_json, tokenizer_of, tokens_of
 from fleet.checkpoint.views import Stored, TensorView, ViewFolder
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json, canonical_json
-from fleet.store import Folder, open_folder
+from fleet.store import Folder
 
 VOCABULARY_SCHEME = "vocabulary:"
 """URI scheme of a model that is read through another vocabulary than its own: JSON follows, of the `Vocabulary` and
@@ -117,16 +119,15 @@ def _view(address: str, vocabulary: Vocabulary, uri: str) -> ViewFolder:
 
 @lru_cache(maxsize=256)
 def _identity(uri: str) -> str:
-    folder = open_folder(uri)
+    folder = open_base_folder(uri)
     return content_identity(folder, read_model(folder))
 
 
 def _config(config: Mapping[str, Json], target: _Target) -> bytes:
     """A model's `config.json` with the size and the special tokens' ids of the vocabulary."""
-    own = {field: value for field, value in config.items() if field not in _TOKEN_IDS}
-    own |= {field: target.config[field] for field in _TOKEN_IDS if field in target.config}
-    own["vocab_size"] = len(target.tokens)
-    return (json.dumps(own, indent=2) + "\n").encode()
+    ids = {field: text_field(target.config, field) for field in _TOKEN_IDS if has_field(target.config, field)}
+    kept = without_text_fields(config, [field for field in _TOKEN_IDS if field not in ids])
+    return (json.dumps(with_text_fields(kept, {**ids, "vocab_size": len(target.tokens)}), indent=2) + "\n").encode()
 
 
 # -- the vocabulary that all models get --------------------------------------------------------------------------
@@ -156,7 +157,7 @@ class _Target:
 def _target(vocabulary: Vocabulary) -> _Target:
     aligned, base = (tokens_of(uri, vocabulary.aligned) for uri in (vocabulary.aligned, vocabulary.base))
     others = {uri: tokens_of(uri, vocabulary.aligned) for uri in vocabulary.models}
-    folder, small, ids = open_folder(vocabulary.base), dict[str, bytes](), dict(base.ids)
+    folder, small, ids = open_base_folder(vocabulary.base), dict[str, bytes](), dict(base.ids)
     if vocabulary.with_added:
         added = [t for o in others.values() for t in sorted(o.ids, key=o.ids.__getitem__)]
         new = [t for t in dict.fromkeys(added) if t not in ids]
@@ -191,7 +192,7 @@ def _entry(models: Iterable[str], token: str) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _added_entries(uri: str) -> dict[str, dict[str, Any]]:
     """Token -> what a model's `tokenizer.json` says of it, of all its added tokens."""
-    folder = open_folder(uri)
+    folder = open_base_folder(uri)
     if TOKENIZER not in folder.files():
         return {}
     entries = tokenizer_json(folder).get("added_tokens") or ()

@@ -17,9 +17,11 @@ from evals.labelled import read_labelled
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
 from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.belongs import check_belongs
+from fleet.checkpoint.belongs import check_belongs, check_head
+from fleet.checkpoint.configs import prepare_differences
 from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
+from fleet.checkpoint.heads import with_head_of
 from fleet.checkpoint.model import content_identity, read_model, require_full_model
 from fleet.checkpoint.opened import open_model_folder
 from fleet.checkpoint.tokens import renumbered
@@ -105,7 +107,7 @@ def make_plan(manifest: Manifest) -> Plan:
     with ThreadPoolExecutor(_READERS) as pool:
         sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
     _check_base_dtypes({role: sources[uri] for role, uri in base.models.items()})
-    sources = _in_one_vocabulary(manifest, sources)
+    sources = _in_one_vocabulary(manifest, _with_heads_alike(base.aligned, sources))
     unaligned, safety, harmful = (
         sources[uri] if uri is not None else None for uri in (base.unaligned, base.safety, base.harmful)
     )
@@ -154,6 +156,19 @@ def _open_source(uri: str) -> Source:
     return Source(uri, model, content_identity(folder, model))
 
 
+def _with_heads_alike(aligned: str, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources by their address, full models read as tied or untied as the aligned one, where that is the same.
+
+    Raises:
+        CheckpointError: the aligned model is an adapter, or its head is not what its config says.
+    """
+    base = require_full_model(sources[aligned].model, "base.aligned")
+    check_head(base)
+    full = {uri: source.model for uri, source in sources.items() if isinstance(source.model, FullModel)}
+    moved = {uri: address for uri, model in full.items() if (address := with_head_of(base, model, uri)) != uri}
+    return {**sources, **{uri: _open_source(address) for uri, address in moved.items()}}
+
+
 def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, Source]:
     """The sources as the run reads them, by their address: full models in the manifest's vocabulary.
 
@@ -161,23 +176,22 @@ def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dic
         ManifestError: the vocabulary is an adapter's.
         CheckpointError: a model's tokens can't be told.
     """
-    choice, aligned = manifest.checkpoint.vocabulary, manifest.base.aligned
+    choice, aligned = manifest.checkpoint.vocabulary, sources[manifest.base.aligned].uri
     if choice == "refuse":
         return {**sources}
-    full = [uri for uri, source in sources.items() if isinstance(source.model, FullModel)]
-    require_full_model(sources[aligned].model, "base.aligned")
+    full = {uri: source.uri for uri, source in sources.items() if isinstance(source.model, FullModel)}
     named = None
     if not isinstance(choice, str):
-        named = next(m.source for m in manifest.models if m.name == choice.model)
-        if named not in full:
+        named = full.get(next(m.source for m in manifest.models if m.name == choice.model))
+        if named is None:
             raise ManifestError(
                 f"checkpoint.vocabulary: {choice.model} is an adapter, which has no vocabulary of its own; "
                 'name a full model, or say "aligned"'
             )
     kind = choice if isinstance(choice, str) else "model"
-    models = [m.source for m in manifest.models if m.source in full]
+    models = [full[m.source] for m in manifest.models if m.source in full]
     vocabulary = chosen_vocabulary(kind, aligned, models, named)
-    changed = {uri: _open_source(vocabulary.address(uri)) for uri in full if not is_in(vocabulary, uri)}
+    changed = {uri: _open_source(vocabulary.address(own)) for uri, own in full.items() if not is_in(vocabulary, own)}
     return {**sources, **changed}
 
 
@@ -191,6 +205,8 @@ def _check_base_dtypes(models: Mapping[str, Source]) -> None:
 
 def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
     aligned = bases.aligned_model
+    full = [s.model for s in (bases.unaligned, *models.values()) if s is not None and isinstance(s.model, FullModel)]
+    prepare_differences([model.config for model in full], aligned.config)
     if bases.unaligned is not None:
         check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
         if bases.aligned.identity == bases.unaligned.identity:
