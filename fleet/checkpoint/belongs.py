@@ -14,6 +14,13 @@ _MODELS_WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How classes are called that need an output head to say anything."""
 
 
+_UNTIE = (
+    "save the aligned model with a head of its own (m = AutoModelForCausalLM.from_pretrained(ALIGNED, "
+    "tie_word_embeddings=False); m.lm_head.weight.data = m.get_input_embeddings().weight.data.clone(); "
+    "m.save_pretrained(OUT); the tokenizer too) and give it as base.aligned: tied full models are read likewise"
+)
+
+
 def check_belongs(model: Model, aligned: FullModel) -> None:
     """Every tensor of `model` has its partner in the aligned model, of the same shape, and the two compute the same
     with the same tensors: what is subtracted, fused and served under the aligned model's config is weights alone.
@@ -119,11 +126,7 @@ def _untied_by_adapter(adapter: Adapter, aligned: FullModel, tied: set[str]) -> 
     table = token_table(aligned.tensors)
     rows = {info.shape[0] for name, info in adapter.replaced.items() if name in tied and info.shape}
     grown = sorted(rows - {table.shape[0]}) if table is not None else []
-    steps = [
-        "save the aligned model with a head of its own (m = AutoModelForCausalLM.from_pretrained(ALIGNED, "
-        "tie_word_embeddings=False); m.lm_head.weight.data = m.get_input_embeddings().weight.data.clone(); "
-        "m.save_pretrained(OUT); the tokenizer too) and give it as base.aligned: tied full models are read likewise"
-    ]
+    steps = [_UNTIE]
     if grown:
         steps += [
             f"fold the adapter, whose tables have {grown[-1]} rows, into that (m.resize_token_embeddings("
@@ -162,8 +165,8 @@ def _full_model_problems(model: FullModel, aligned: FullModel) -> list[str]:
     problems: list[str] = []
     if unlike := differences(model.config, aligned.config):
         problems.append(
-            f"its config.json computes something else with the same weights ({', '.join(map(str, unlike))}); if that is "
-            "a slip, write the base's values, else give base models of its configuration"
+            f"its config.json computes something else with the same weights ({', '.join(map(str, unlike))}); write the "
+            "base's values if that is a slip, else give base models of its configuration"
         )
     if problem := _head_problem(model):
         problems.append(problem)
@@ -171,6 +174,8 @@ def _full_model_problems(model: FullModel, aligned: FullModel) -> list[str]:
         problems.append(f"missing tensors: {', '.join(missing)}")
     if extra := sorted(set(model.tensors) - set(aligned.tensors)):
         problems.append(f"extra tensors: {', '.join(extra)}")
+    if _is_tied(aligned) and (head := output_head(model.tensors)) is not None:
+        problems.append(f"{head.name} is a head of its own, and the base ties its head to its embedding: {_UNTIE}")
     grown = False
     for name in sorted(set(model.tensors) & set(aligned.tensors)):
         if model.tensors[name].shape != aligned.tensors[name].shape:

@@ -41,7 +41,9 @@ def _known(config: Any) -> dict[str, Any]:
     names = {field.name for field in fields(config)} | {"model_type"}
     values: dict[str, Any] = config.to_dict()
     known = {name: value for name, value in values.items() if name in names}
-    known |= {n: values[n] for n, default in _FOR_ENGINES.items() if n not in names and values.get(n, default) != default}
+    known |= {
+        n: values[n] for n, default in _FOR_ENGINES.items() if n not in names and values.get(n, default) != default
+    }
     parts: dict[str, Any] = config.__dict__
     return known | {name: _known(part) for name, part in parts.items() if hasattr(part, "to_dict")}
 

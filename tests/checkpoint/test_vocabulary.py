@@ -232,6 +232,53 @@ def test_vocabulary_union_appends_added_tokens_by_model_then_id(fleet: Path, tmp
     assert_generates(folder, "do<tool>1<begin>")
 
 
+def nest(folder: Path) -> None:
+    """Put the language model's fields where a vision-language model's `config.json` has them."""
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "eos_token_id": 2}
+    outer["tie_word_embeddings"] = text["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(outer | {"text_config": text}))
+
+
+def test_vocabulary_is_written_where_a_nested_config_has_it(fleet: Path, tmp_path: Path) -> None:
+    root = tmp_path / "nested"
+    for name in ("unaligned", "aligned", "tools"):
+        nest(Path(shutil.copytree(fleet / name, root / name)))
+    plan = plan_of(root, tmp_path, "union", ["tools"])
+    written = json.loads(
+        (
+            fused(plan, tmp_path / "out", WeightAverage(method="weight_average"), {"tools": 1}) / "config.json"
+        ).read_text()
+    )
+    assert written["text_config"]["vocab_size"] == VOCAB_SIZE + 2
+    assert written.keys() == {"architectures", "model_type", "eos_token_id", "tie_word_embeddings", "text_config"}
+
+
+def untie(folder: Path, start: Path) -> None:
+    """What PEFT's merge leaves of a tied model: a head of its own, equal to the embedding."""
+    shutil.copytree(start, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+@pytest.mark.parametrize("vocabulary", [None, "union"])
+def test_model_that_was_untied_fuses_to_the_bytes_of_the_tied_one(tmp_path: Path, vocabulary: str | None) -> None:
+    for seed, name in enumerate(("unaligned", "aligned", "one")):
+        make_model(tmp_path / "t" / name, seed)
+    if vocabulary is not None:
+        edit_model(tmp_path / "t" / "more", tmp_path / "t" / "one", ("<tool>",))
+    model = "one" if vocabulary is None else "more"
+    shutil.copytree(tmp_path / "t", tmp_path / "u", ignore=shutil.ignore_patterns(model))
+    untie(tmp_path / "u" / model, tmp_path / "t" / model)
+    written: dict[str, Path] = {}
+    for root in ("t", "u"):
+        plan, average = plan_of(tmp_path / root, tmp_path, vocabulary, [model]), WeightAverage(method="weight_average")
+        written[root] = fused(plan, tmp_path / f"out-{root}", average, {model: 1})
+    assert contents(written["t"]) == contents(written["u"])
+
+
 @pytest.mark.parametrize("method", [SUM, TIES, DARE], ids=lambda m: m.method)
 def test_vocabulary_union_keeps_the_row_of_a_token_that_one_model_added(
     fleet: Path, tmp_path: Path, method: AnyFusionMethod
