@@ -108,6 +108,11 @@ def has_field(config: Mapping[str, Json], name: str) -> bool:
     return any(name in level for level in _levels(config))
 
 
+def is_nested(config: Mapping[str, Json]) -> bool:
+    """Whether the language model has a config of its own within this one."""
+    return _nested(config)[1] is not None
+
+
 def with_text_fields(config: Mapping[str, Json], changes: Mapping[str, Json]) -> dict[str, Json]:
     """A config with fields of the language model written where it has them, or else among that model's own."""
     name, part = _nested(config)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from fleet.checkpoint.configs import has_field, text_field, with_text_fields, without_text_fields
+from fleet.checkpoint.configs import has_field, is_nested, text_field, with_text_fields, without_text_fields
 from fleet.checkpoint.heads import open_base_folder
 from fleet.checkpoint.model import content_identity, is_companion, read_model
 from fleet.checkpoint.row_tables import Row, RowTable, runs_of
@@ -36,8 +36,10 @@ VOCABULARY_SCHEME = "vocabulary:"
 """URI scheme of a model that is read through another vocabulary than its own: JSON follows, of the `Vocabulary` and
 the model's address. `fleet.checkpoint.opened` opens it."""
 
-_VERSION = 2
-"""Bumped by hand when the same models would come out otherwise."""
+_VERSION = 1
+_NESTED_VERSION = 2
+"""Bumped by hand when the same models would come out otherwise; the second, those whose language model has a config of
+its own within theirs."""
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id")
 
@@ -111,7 +113,8 @@ def _view(address: str, vocabulary: Vocabulary, uri: str) -> ViewFolder:
     def identity() -> Json:
         parts = (vocabulary.aligned, vocabulary.base, *vocabulary.models, uri)
         contents: list[Json] = [_identity(part) for part in parts]
-        return ["vocabulary", _VERSION, vocabulary.with_added, contents]
+        version = _NESTED_VERSION if is_nested(model.config) else _VERSION
+        return ["vocabulary", version, vocabulary.with_added, contents]
 
     sources = tuple(full_model(part).folder for part in (vocabulary.aligned, vocabulary.base, *vocabulary.models, uri))
     return ViewFolder(address, identity, files, passed, small, sources)
@@ -127,7 +130,10 @@ def _config(config: Mapping[str, Json], target: _Target) -> bytes:
     """A model's `config.json` with the size and the special tokens' ids of the vocabulary."""
     ids = {field: text_field(target.config, field) for field in _TOKEN_IDS if has_field(target.config, field)}
     kept = without_text_fields(config, [field for field in _TOKEN_IDS if field not in ids])
-    return (json.dumps(with_text_fields(kept, {**ids, "vocab_size": len(target.tokens)}), indent=2) + "\n").encode()
+    written = with_text_fields(kept, {**ids, "vocab_size": len(target.tokens)})
+    # The ids come last, in one order: the same model is the same bytes.
+    last = {field: written.pop(field) for field in _TOKEN_IDS if field in written}
+    return (json.dumps(written | last, indent=2) + "\n").encode()
 
 
 # -- the vocabulary that all models get --------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from fleet.checkpoint.configs import text_field
 from fleet.core.errors import ManifestError
 from fleet.manifest import Manifest, parse
 from fleet.manifest.schema import RESERVED_NAMES
@@ -376,9 +377,10 @@ def _num_layers(model: str) -> int | None:
     """Of a model in a local folder; None for any other, which isn't looked at."""
     try:
         config = json.loads(Path(model).expanduser().joinpath("config.json").read_text())
-        return config.get("num_hidden_layers", config.get("n_layer"))
+        layers = text_field(config, "num_hidden_layers", "n_layer")
     except (OSError, ValueError, AttributeError):
         return None
+    return layers if isinstance(layers, int) else None
 
 
 def _vocabulary(merge: _Merge, names: Mapping[str, str]) -> str | dict[str, str] | None:
