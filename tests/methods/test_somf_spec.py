@@ -376,7 +376,7 @@ def test_manifest_factor_mask_without_a_safety_adapter_refused(catalogue: Path, 
 
 
 def test_manifest_unknown_mask_parameter_names_the_field(catalogue: Path, work: Path) -> None:
-    with pytest.raises(ManifestError, match=r"variants\.0\.realign\.somf\.colour: unknown field"):
+    with pytest.raises(ManifestError, match=r"variants\.0\.realign\.colour: unknown field"):
         plan_of(catalogue, work, variant("v", colour=1))
 
 
