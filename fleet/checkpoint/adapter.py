@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fleet.checkpoint.headers import TENSOR_BYTES, TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.headers import TENSOR_BYTES, TensorInfo, check_dtypes, check_gathered, read_headers, read_json
 from fleet.checkpoint.modules import MODULE_EXCLUDED
-from fleet.checkpoint.peft_rules import declared_rank, declared_scale, why_unreadable
+from fleet.checkpoint.names import unwrapped
+from fleet.checkpoint.peft_rules import DeclaredValues, check_values, why_unreadable
 from fleet.checkpoint.tables import HEADS, TOKEN_TABLES
-from fleet.core.errors import CheckpointError, some
+from fleet.core.errors import CheckpointError, shown, some
 from fleet.core.identity import Json
 from fleet.store import Folder
 
 PEFT_PREFIX = "base_model.model."
 
-# The tensors of one adapted module, by the ends of their names; `.default` is an adapter name that old PEFTs left in.
+# The tensors of one adapted module, by the ends of their names; whoever saves a state dict himself leaves the adapter's
+# own name in, as old PEFTs left `default`.
 _LORA_TENSOR = re.compile(
-    r"(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.default)?(?P<leaf>\.weight|\.bias)?"
+    r"(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(\.(?!(weight|bias)$)(?P<adapter>[^.]+))?(?P<leaf>\.weight|\.bias)?"
 )
 _LORA_ROLES = {
     "lora_A.weight": "A",
@@ -127,14 +131,17 @@ def read_adapter(folder: Folder) -> Adapter:
     config = read_json(folder, "adapter_config.json")
     if reason := why_unreadable(config):
         raise CheckpointError(f"{folder.uri}: {reason}")
+    check_values(folder.uri, config)
     tensors = read_headers(folder, "adapter")
+    check_gathered(folder.uri, tensors.values())
     check_dtypes(folder.uri, tensors)
+    _check_one_adapter(folder.uri, tensors)
     found: dict[str, dict[str, TensorInfo]] = {}
     replaced: dict[str, TensorInfo] = {}
     unknown: list[str] = []
     for file_name, info in tensors.items():
         # PEFT wraps a targeted module: what is the base's own lies in `base_layer`.
-        name = file_name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        name = plain_name(file_name).replace(".base_layer.", ".")
         if match := _LORA_TENSOR.fullmatch(name):
             role = _LORA_ROLES.get(match["kind"] + (match["leaf"] or ""))
             roles = found.setdefault(match["module"], {})
@@ -154,7 +161,13 @@ def read_adapter(folder: Folder) -> Adapter:
         )
     if not found:
         raise CheckpointError(f"{folder.uri}: the adapter has no LoRA factors")
-    modules = {name: _lora_module(folder.uri, config, name, roles) for name, roles in sorted(found.items())}
+    declared = DeclaredValues(folder.uri, config)
+    modules = {name: _lora_module(declared, name, roles) for name, roles in sorted(found.items())}
+    if not any(module.scale for module in modules.values()):
+        raise CheckpointError(
+            f"{folder.uri}: adapter_config.json: lora_alpha is {shown(config.get('lora_alpha'))}, so the adapter "
+            "changes nothing; write the value it was trained with"
+        )
     adapter = Adapter(folder, config, modules, dict(sorted(replaced.items())))
     return _without_tied_head(adapter) if adapter.keeps_tie else adapter
 
@@ -181,7 +194,25 @@ def _list(value: Json) -> list[Json]:
     return value if isinstance(value, list) else []
 
 
-def _lora_module(where: str, config: dict[str, Json], module: str, roles: dict[str, TensorInfo]) -> LoraModule:
+def plain_name(file_name: str) -> str:
+    """What a tensor of an adapter's file is called, without PEFT's prefix, wrappers and the adapter's own name."""
+    name = unwrapped(unwrapped(file_name).removeprefix(PEFT_PREFIX))
+    if match := _LORA_TENSOR.fullmatch(name):
+        return f"{match['module']}.{match['kind']}{match['leaf'] or ''}"
+    return name
+
+
+def _check_one_adapter(where: str, tensors: Iterable[str]) -> None:
+    names = {m["adapter"] for name in tensors if (m := _LORA_TENSOR.fullmatch(name)) and m["adapter"]}
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{where}: holds {len(names)} adapters ({some(names)}); save one with PEFT's "
+            "save_pretrained(OUT, selected_adapters=[NAME])"
+        )
+
+
+def _lora_module(declared: DeclaredValues, module: str, roles: dict[str, TensorInfo]) -> LoraModule:
+    where, config = declared.where, declared.config
     embedding = "embedding_A" in roles or "embedding_B" in roles
     names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     if lost := [n for n in names if n not in roles]:
@@ -197,14 +228,14 @@ def _lora_module(where: str, config: dict[str, Json], module: str, roles: dict[s
     rank = a.shape[0]
     if rank == 0:
         raise CheckpointError(f"{where}: module {module}: lora_A is {a.shape}, an update of rank 0")
-    declared = declared_rank(where, config, module)
-    if b.shape[1] != rank or rank != declared:
+    declared_rank = declared.rank(module)
+    if b.shape[1] != rank or rank != declared_rank:
         raise CheckpointError(
             f"{where}: module {module}: lora_A is {a.shape} and lora_B is {b.shape}, but adapter_config.json says "
-            f"rank {declared:g}"
+            f"rank {declared_rank}"
         )
     magnitude, bias = roles.get("magnitude"), roles.get("bias")
     for role, info in (("magnitude", magnitude), ("bias", bias)):
         if info is not None and info.shape != b.shape[:1]:
             raise CheckpointError(f"{where}: module {module}: the {role} is {info.shape}, but lora_B is {b.shape}")
-    return LoraModule(a, b, declared_scale(where, config, module, rank), magnitude, embedding, bias)
+    return LoraModule(a, b, declared.scale(module, rank), magnitude, embedding, bias)

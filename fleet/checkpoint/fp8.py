@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fleet.checkpoint.headers import FP8_DTYPES, INDEX_FILE, KNOWN_DTYPE_BYTES, TensorInfo
 from fleet.checkpoint.views import VIEW_BYTES, Stored, TensorView, ViewFolder
-from fleet.core.errors import CheckpointError
+from fleet.core.errors import CheckpointError, shown, some
 from fleet.core.identity import Json
 from fleet.store import Folder
 
@@ -24,6 +24,7 @@ BLOCK = (128, 128)
 
 _SCALE = re.compile(r"(?P<weight>.+)(_scale_inv|_scale)")
 """Scales are multiplied by, whatever they are called: DeepSeek's `weight_scale_inv` is the quantiser's inverse."""
+_SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F64"})
 _ACTIVATION_SCALE = re.compile(r"(^|\.)(input_scale|activation_scale|k_scale|v_scale|q_scale)$")
 """What engines quantise activations and caches with; no part of the weights."""
 
@@ -40,14 +41,11 @@ def dequantised(folder: Folder, config: Mapping[str, Json], tensors: Mapping[str
     """An fp8 checkpoint with its weights in float32, without scales and `quantization_config`.
 
     Raises:
-        CheckpointError: scales that are missing, belong to nothing, or don't fit their weights.
+        CheckpointError: scales that are missing, belong to nothing, aren't floating-point numbers, or don't fit their
+            weights; a `weight_block_size` that is none.
     """
     quantisation = config.get("quantization_config")
-    match quantisation:
-        case {"weight_block_size": [int() | float() as rows, int() | float() as columns]}:
-            shared = (int(rows), int(columns))
-        case _:
-            shared = BLOCK
+    shared = _block_size(folder.uri, quantisation)
     weights = {name for name, info in tensors.items() if info.dtype in FP8_DTYPES}
     scales = {
         m["weight"]: info for name, info in tensors.items() if (m := _SCALE.fullmatch(name)) and m["weight"] in weights
@@ -55,6 +53,10 @@ def dequantised(folder: Folder, config: Mapping[str, Json], tensors: Mapping[str
     if quantisation and (bare := sorted(weights - scales.keys())):
         raise CheckpointError(
             f"{folder.uri}: fp8 tensors without scales, though config.json speaks of some: {bare[:8]}"
+        )
+    if wrong := [f"{info.name} ({info.dtype})" for info in scales.values() if info.dtype not in _SCALE_DTYPES]:
+        raise CheckpointError(
+            f"{folder.uri}: scales that are no floating-point numbers: {some(wrong)}; give the unquantised checkpoint"
         )
     left_out = {info.name for info in scales.values()}
     left_out |= {name for name in tensors if quantisation and _ACTIVATION_SCALE.search(name)}
@@ -75,6 +77,25 @@ def dequantised(folder: Folder, config: Mapping[str, Json], tensors: Mapping[str
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
     small = {"config.json": (json.dumps(plain, indent=2) + "\n").encode()}
     return ViewFolder(folder.uri, lambda: ["dequantised", {**folder.digests()}], files, kept, small, (folder,))
+
+
+def _block_size(where: str, quantisation: Json) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    size = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+    match size:
+        case None:
+            return BLOCK
+        case [int() | float() as rows, int() | float() as columns] if _is_count(rows) and _is_count(columns):
+            return int(rows), int(columns)
+        case _:
+            raise CheckpointError(
+                f"{where}: config.json: quantization_config.weight_block_size is {shown(size)}, not two positive whole "
+                "numbers; give the block size that the weights were quantised with"
+            )
+
+
+def _is_count(number: float) -> bool:
+    return not isinstance(number, bool) and 0 < number < math.inf and number == int(number)
 
 
 @dataclass(frozen=True)

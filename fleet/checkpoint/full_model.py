@@ -7,20 +7,35 @@ from dataclasses import dataclass
 
 from fleet.checkpoint.configs import ties_head
 from fleet.checkpoint.fp8 import dequantised, fp8_method
-from fleet.checkpoint.headers import FP8_DTYPES, TENSOR_BYTES, TensorInfo, check_dtypes, read_headers, read_json
+from fleet.checkpoint.headers import (
+    FP8_DTYPES,
+    TENSOR_BYTES,
+    TensorInfo,
+    check_dtypes,
+    check_gathered,
+    read_headers,
+    read_json,
+)
 from fleet.checkpoint.tables import output_head, token_table
 from fleet.checkpoint.views import ViewFolder
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
 from fleet.store import Folder
 
-_DERIVED_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
-"""Buffers that old checkpoints carry and every loader recomputes: they are dropped, from every model alike."""
+_BUFFER = re.compile(
+    r"(^|\.)((rotary_emb|rotary_pos_emb|rotary)\.(original_)?(inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask"
+    r"|position_ids|relative_position_index|embed_positions(\.weights|\._float_tensor)?|(en|de)coder\.version)$"
+)
+"""Buffers that old checkpoints carry and every loader recomputes, by the end of their names."""
+_SKIPPED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
+"""The one that every model of vLLM leaves out by itself."""
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention|crossattention)\.bias$")
+"""The causal mask of GPT-2, GPT-Neo, GPT-J and GPT-NeoX, in any dtype: square, where a real bias has one axis."""
 
 
 @dataclass(frozen=True)
 class FullModel:
-    """A full model's headers. `tensors` leaves out derived buffers and a tied `lm_head`.
+    """A full model's headers. `tensors` leaves out buffers (`is_buffer`) and a tied `lm_head`.
 
     An fp8 model's `folder` is a view of its files, in which the weights are float32.
     """
@@ -32,6 +47,8 @@ class FullModel:
     """Whether the files themselves are fp8; one that is read in another vocabulary has float32 in its place."""
     tied_head: TensorInfo | None = None
     """The head that a tied model's files hold beside the embedding; `belongs` checks that it is the same."""
+    left_out: tuple[str, ...] = ()
+    """Buffers in its files that an engine would stumble over."""
 
     @property
     def num_bytes(self) -> int:
@@ -46,7 +63,17 @@ class FullModel:
     @property
     def is_view(self) -> bool:
         """Whether its values are computed from those in files, and may be in another dtype than there."""
-        return isinstance(self.folder, ViewFolder)
+        return isinstance(self.folder, ViewFolder) and self.folder.is_computed
+
+
+def is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor is no parameter but a buffer, which every loader computes anew: dropped from all models alike.
+
+    What transformers' classes ignore (`_keys_to_ignore_on_load_unexpected`), and what they have stopped saving.
+    """
+    if _MASK.search(info.name):
+        return len(info.shape) >= 2 and info.shape[-1] == info.shape[-2]
+    return _BUFFER.search(info.name) is not None
 
 
 def read_full_model(folder: Folder) -> FullModel:
@@ -68,9 +95,11 @@ def read_full_model(folder: Folder) -> FullModel:
     if is_quantised:
         folder = dequantised(folder, config, found)
         config, found = read_json(folder, "config.json"), read_headers(folder, "model")
-    tensors = {n: t for n, t in found.items() if not _DERIVED_BUFFER.search(n)}
+    tensors = {n: t for n, t in found.items() if not is_buffer(t)}
+    left_out = tuple(name for name in found if name not in tensors and not _SKIPPED.search(name))
+    check_gathered(folder.uri, tensors.values())
     check_dtypes(folder.uri, tensors)
     head = output_head(tensors) if token_table(tensors) and ties_head(config) else None
     if head is not None:
         del tensors[head.name]
-    return FullModel(folder, config, tensors, is_quantised, head)
+    return FullModel(folder, config, tensors, is_quantised, head, left_out)

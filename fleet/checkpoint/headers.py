@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fleet.core.errors import CheckpointError, some
+from fleet.checkpoint.advice import advice
+from fleet.core.errors import CheckpointError, shown, some
 from fleet.core.identity import Json
 from fleet.store import Folder
 
@@ -38,7 +39,12 @@ HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit; a larger claim is a lie or damage, and is refused before it is allocated."""
 
 _ALIGNMENT_BYTES = 8
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_MAX_AXES = 64
+_MAX_SIZE = 2**63
+_VARIANT = re.compile(r"model\.(?!safetensors)[\w-]+\.safetensors|model\.[\w-]+-\d{5}-of-\d{5}\.safetensors")
+"""Copies in another dtype: transformers reads `model.fp16.safetensors` where `variant="fp16"` is asked for."""
+_OTHER_COPY = re.compile(r"consolidated.*\.safetensors|adapter_model\.safetensors")
+"""Mistral's own layout beside transformers', and an adapter beside the model it was merged into."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def read_header(folder: Folder, file: str, size: int) -> dict[str, TensorInfo]:
     folder.read_into(file, 8, memoryview(raw))
     try:
         header: Json = json.loads(raw)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{where}: the safetensors header is not valid JSON ({e}); copy the file again") from e
     if not isinstance(header, dict):
         raise CheckpointError(f"{where}: the safetensors header is not a JSON object")
@@ -130,12 +136,12 @@ def _tensor_info(where: str, file: str, name: str, entry: Json, data_start: int)
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
             pass
         case _:
-            raise CheckpointError(f"{where}: tensor {name}: malformed header entry {entry!r}")
+            raise CheckpointError(f"{where}: tensor {name}: malformed header entry {shown(entry)}")
     if dtype not in KNOWN_DTYPE_BYTES:
         raise CheckpointError(f"{where}: tensor {name}: dtype {dtype} is not supported")
-    sizes = tuple(size for size in shape if isinstance(size, int) and size >= 0)
-    if len(sizes) < len(shape):
-        raise CheckpointError(f"{where}: tensor {name}: malformed shape {shape!r}")
+    sizes = tuple(size for size in shape if isinstance(size, int) and 0 <= size < _MAX_SIZE)
+    if len(sizes) < len(shape) or len(shape) > _MAX_AXES:
+        raise CheckpointError(f"{where}: tensor {name}: malformed shape {shown(shape)}")
     expected = math.prod(sizes) * KNOWN_DTYPE_BYTES[dtype]
     if stop - start != expected or start < 0:
         raise CheckpointError(
@@ -162,48 +168,92 @@ def read_headers(folder: Folder, what: str) -> dict[str, TensorInfo]:
         what: `model` or `adapter`: which file names to read.
 
     Raises:
-        CheckpointError: no safetensors files (with the command that converts a `.bin`), a tensor in two files, an index
-            that names a file or tensor that is not there.
+        CheckpointError: no safetensors files (with the way to get some), a tensor in two files, an index that is
+            damaged or names a file or tensor that is not there.
     """
     sizes = folder.files()
-    if what == "adapter":
-        files = [f for f in sizes if f == "adapter_model.safetensors"]
-        pickled = [f for f in sizes if f == "adapter_model.bin"]
-        convert = "peft: PeftModel.from_pretrained(base, FOLDER).save_pretrained(OUT, safe_serialization=True)"
-    else:
-        files = [f for f in sizes if f == "model.safetensors" or _SHARD.fullmatch(f)]
-        pickled = [f for f in sizes if f.endswith((".bin", ".pt", ".pth"))]
-        convert = "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
+    files = weight_files(folder, what)
     if not files:
-        if pickled:
-            raise CheckpointError(
-                f"{folder.uri}: {pickled[0]} is a pickle, which can run code when loaded, so it is refused; "
-                f"convert it once, where you trust it, with {convert}"
-            )
-        raise CheckpointError(
-            f"{folder.uri}: no safetensors weights of a {what} (found: {', '.join(sizes) or 'nothing'})"
-        )
+        raise CheckpointError(f"{folder.uri}: no safetensors weights of a {what}: {advice(what, sizes)}")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(folder, file, sizes[file]).items():
             if name in tensors:
-                raise CheckpointError(f"{folder.uri}: tensor {name} is in both {tensors[name].file} and {file}")
+                raise CheckpointError(
+                    f"{folder.uri}: tensor {name} is in both {tensors[name].file} and {file}; keep the files of one "
+                    f"checkpoint, or write an {INDEX_FILE} that names them"
+                )
             tensors[name] = info
     if INDEX_FILE in sizes and what == "model":
         _check_index(folder, tensors)
     return tensors
 
 
-def _check_index(folder: Folder, tensors: dict[str, TensorInfo]) -> None:
+def weight_files(folder: Folder, what: str) -> list[str]:
+    """The files that hold a checkpoint's weights: what its index names, else all safetensors files, as vLLM does.
+
+    Without an index, copies in another layout or dtype are no part of it where there is a plain one.
+
+    Args:
+        folder: the checkpoint.
+        what: `model` or `adapter`.
+
+    Raises:
+        CheckpointError: the index is damaged, names what is not there, or leaves out a `model.safetensors`.
+    """
+    sizes = folder.files()
+    if what == "adapter":
+        return [f for f in sizes if f == "adapter_model.safetensors"]
+    if INDEX_FILE in sizes:
+        return _indexed_files(folder, sizes)
+    found = [f for f in sizes if f.endswith(".safetensors") and "/" not in f and not _OTHER_COPY.fullmatch(f)]
+    return [f for f in found if not _VARIANT.fullmatch(f)] or found
+
+
+def _indexed_files(folder: Folder, sizes: Mapping[str, int]) -> list[str]:
     where = f"{folder.uri}/{INDEX_FILE}"
-    try:
-        weight_map = json.loads(folder.read(INDEX_FILE))["weight_map"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{where}: not a safetensors index ({e!r})") from e
+    named = sorted(set(_weight_map(folder).values()))
+    if paths := [file for file in named if "/" in file]:
+        raise CheckpointError(
+            f"{where}: names {some([shown(f) for f in paths])} by a path, which vLLM doesn't find; put the files "
+            "beside the index and name them alone"
+        )
+    if missing := [file for file in named if file not in sizes]:
+        raise CheckpointError(f"{where}: names {some(missing)}, which is not there; copy the checkpoint again, whole")
+    if "model.safetensors" in sizes and "model.safetensors" not in named:
+        raise CheckpointError(
+            f"{where}: doesn't name model.safetensors, which is there too: transformers would read that one, and vLLM "
+            "the files of the index; keep the files of one checkpoint"
+        )
+    return named
+
+
+def _weight_map(folder: Folder) -> dict[str, str]:
+    """Tensor -> file, as the index says; `read_headers` compares it with the files.
+
+    Raises:
+        CheckpointError: it is no index.
+    """
+    where = f"{folder.uri}/{INDEX_FILE}"
+    found = read_json(folder, INDEX_FILE).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(
+            f"{where}: weight_map is {shown(found)}, not an object of tensors and files; save the model again"
+        )
+    weight_map = {tensor: file for tensor, file in found.items() if isinstance(file, str)}
+    if wrong := [tensor for tensor in found if tensor not in weight_map]:
+        raise CheckpointError(f"{where}: weight_map names no file for {some(wrong)}; save the model again")
+    return weight_map
+
+
+def _check_index(folder: Folder, tensors: dict[str, TensorInfo]) -> None:
+    weight_map = _weight_map(folder)
     wrong = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
     extra = sorted(set(tensors) - set(weight_map))
-    if wrong or extra:
-        raise CheckpointError(f"{where}: disagrees with the files (missing or elsewhere: {wrong}; not listed: {extra})")
+    problems = [f"missing or elsewhere: {some(wrong)}"] if wrong else []
+    problems += [f"not listed: {some(extra)}"] if extra else []
+    if problems:
+        raise CheckpointError(f"{folder.uri}/{INDEX_FILE}: disagrees with the files ({'; '.join(problems)})")
 
 
 def plan_shards(tensors: Iterable[TensorInfo], shard_bytes: int) -> list[list[str]]:
@@ -233,7 +283,7 @@ def read_json(folder: Folder, name: str) -> dict[str, Json]:
     """
     try:
         value: Json = json.loads(folder.read(name))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{folder.uri}/{name}: not valid JSON ({e})") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{folder.uri}/{name}: not a JSON object")
@@ -243,6 +293,20 @@ def read_json(folder: Folder, name: str) -> dict[str, Json]:
 def json_bytes(value: Mapping[str, object]) -> bytes:
     """A small file beside weights that we write: the same bytes for the same value, whatever its order."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_gathered(where: str, tensors: Iterable[TensorInfo]) -> None:
+    """
+    Raises:
+        CheckpointError: tensors have no values, as DeepSpeed's ZeRO-3 leaves them; begins with `where`.
+    """
+    if empty := [t.name for t in tensors if t.shape == (0,)]:
+        raise CheckpointError(
+            f"{where}: {len(empty)} tensors are empty ({some(empty)}): DeepSpeed ZeRO-3 saved them without gathering; "
+            'save again with "stage3_gather_16bit_weights_on_model_save": true in its "zero_optimization" settings, or '
+            "get the weights from its own checkpoint: run `python zero_to_fp32.py . OUT --safe_serialization` where "
+            "global_step* is"
+        )
 
 
 def check_dtypes(where: str, tensors: dict[str, TensorInfo]) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from fleet.checkpoint.companions import is_companion
 from fleet.checkpoint.configs import ties_head, with_text_fields
 from fleet.checkpoint.full_model import FullModel
-from fleet.checkpoint.model import content_identity, is_companion, read_model, require_full_model
+from fleet.checkpoint.joined import open_source
+from fleet.checkpoint.model import content_identity, read_model, require_full_model
 from fleet.checkpoint.tables import output_head, same_values, token_table
 from fleet.checkpoint.views import Stored, TensorView, ViewFolder
 from fleet.core.identity import Json, canonical_json
-from fleet.store import Folder, open_folder
+from fleet.store import Folder
 
 HEAD_SCHEME = "head:"
 """URI scheme of a model that is read with another head than its files have: JSON follows, of the model's address and
@@ -40,13 +42,13 @@ def open_base_folder(uri: str) -> Folder:
     """The folder of a model in its own vocabulary, which may be one that `with_head_of` made an address for.
 
     Raises:
-        SourceError: as `open_folder`.
-        CheckpointError: as `read_model`.
+        SourceError: as `open_source`.
+        CheckpointError: as `open_source` and `read_model`.
     """
     if not uri.startswith(HEAD_SCHEME):
-        return open_folder(uri)
+        return open_source(uri)
     found: Any = json.loads(uri.removeprefix(HEAD_SCHEME))
-    folder = open_folder(found["model"])
+    folder = open_source(found["model"])
     return _view(require_full_model(read_model(folder), folder.uri), found["head"])
 
 
@@ -61,9 +63,9 @@ def _view(model: FullModel, head: str | None) -> ViewFolder:
     tied: dict[str, Json] = {"tie_word_embeddings": head is None}
     config = with_text_fields({**model.config, **tied}, tied)  # the outermost word counts
     small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
-    passed = {name: model.folder for name in model.folder.files() if is_companion(name, model) and name not in small}
+    passed = {name: model.folder for name in model.folder.files() if is_companion(name) and name not in small}
 
     def identity() -> Json:
-        return ["head", head, content_identity(model.folder, model)]
+        return ["head", head, content_identity(model.folder)]
 
     return ViewFolder(model.folder.uri, identity, files, passed, small, (model.folder,))

@@ -6,21 +6,17 @@ Models are joined by canonical name: a module is named by its base tensor withou
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import TypeAlias
 
 from fleet.checkpoint.adapter import Adapter, read_adapter
+from fleet.checkpoint.advice import advice
+from fleet.checkpoint.companions import own_files
 from fleet.checkpoint.full_model import FullModel, read_full_model
+from fleet.checkpoint.headers import INDEX_FILE
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import digest
 from fleet.store import Folder
-
-_COMPANIONS = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|chat_template\.jinja|tokenizer\.model|merges\.txt"
-)
-
 
 Model: TypeAlias = FullModel | Adapter
 
@@ -34,26 +30,19 @@ def read_model(folder: Folder) -> Model:
     """
     files = folder.files()
     if "adapter_config.json" in files:
-        return read_adapter(folder)
+        return read_adapter(own_files(folder))
     if "config.json" in files:
-        return read_full_model(folder)
+        return read_full_model(own_files(folder))
     raise CheckpointError(
         f"{folder.uri}: neither config.json (a model) nor adapter_config.json (an adapter) is there; "
-        f"found: {', '.join(files) or 'nothing'}"
+        f"{advice('model', files)}"
     )
 
 
-def is_companion(file: str, model: Model) -> bool:
-    """Whether a file beside the weights decides what the model does: how it is built, and how it is prompted."""
-    if isinstance(model, Adapter):
-        return file == "adapter_config.json"
-    return _COMPANIONS.fullmatch(file) is not None
-
-
-def content_identity(folder: Folder, model: Model) -> str:
-    """Digest of the files that decide what a model does: notes and cards beside them may change."""
-    decisive = {n: d for n, d in folder.digests().items() if n.endswith(".safetensors") or is_companion(n, model)}
-    return digest(decisive)
+def content_identity(folder: Folder) -> str:
+    """Digest of the files that decide what a model does: notes, cards and a trainer's state beside them may change."""
+    digests = own_files(folder).digests()
+    return digest({name: found for name, found in digests.items() if name != INDEX_FILE})
 
 
 def require_full_model(model: Model, role: str) -> FullModel:

@@ -17,8 +17,7 @@ from fleet.store import Folder, open_folder
 
 
 def open_model_folder(uri: str) -> Folder:
-    """The folder of a model, which may be read in another vocabulary (`Vocabulary.address`) or with another head
-    (`with_head_of`).
+    """A model's own files, or a view of them: see `joined_address`, `with_head_of` and `Vocabulary.address`.
 
     Raises:
         SourceError: as `open_folder`.

@@ -1,18 +1,26 @@
 """What the `adapter_config.json` of a PEFT LoRA means: whether its tensors say all, whether an engine can serve it, and
 the rank and scale of a module.
 
-Follows peft 0.21.2: `tuners/lora/config.py` for the fields, `tuners/lora/layer.py` for what each initialisation does.
+Follows peft 0.21.2: `tuners/lora/config.py` for the fields, `tuners/lora/layer.py` for what each initialisation does,
+`utils/other.py` (`get_pattern_key`) for how a pattern is matched.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fleet.core.errors import CheckpointError
+import regex
+
+from fleet.core.errors import CheckpointError, shown
 from fleet.core.identity import Json
+
+MATCHING_SECONDS = 5.0
+"""How long the patterns of one adapter may take to match: some need time exponential in a name's length."""
 
 _NO_FLAG: tuple[object, ...] = (None, False)
 _NO_LIST: tuple[object, ...] = (None, [])
@@ -48,12 +56,21 @@ _UNSERVED = {
 
 _BIAS_MODES = (None, "none", "all", "lora_only")
 
-_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-"""Initialisations by name that choose only the factors' first values.
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+"""Fields that are true, false or null; PEFT would take a text as true, "false" too."""
 
-PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also subtract the first product from the base weight, so what was trained is an
-update of that changed base. Of a name that is not known here, the same has to be feared.
-"""
+_NAME_LISTS = ("modules_to_save", "target_modules", "exclude_modules")
+"""Fields that hold names of modules."""
+
+_NAME_PATTERNS = ("target_modules", "exclude_modules")
+"""Of these, the fields that may hold a regular expression instead."""
+
+_PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+"""Initialisations by name that choose only the factors' first values; two are truth values written as text."""
+
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of those that also subtract the first product from the base weight, so that what was trained is an update
+of that changed base. Of a name that is not known here, the same has to be feared."""
 
 
 def changes_base(config: Mapping[str, Json]) -> bool:
@@ -62,25 +79,74 @@ def changes_base(config: Mapping[str, Json]) -> bool:
     return isinstance(init, str) and init.lower() not in _PLAIN_INITS
 
 
+def check_values(where: str, config: Mapping[str, Json]) -> None:
+    """
+    Raises:
+        CheckpointError: a field that is read here holds a value of another kind than PEFT's, or a pattern that is no
+            regular expression; begins with `where`, names the field.
+    """
+    for name in _FLAGS:
+        if config.get(name) not in (None, False, True):
+            raise _refused(where, name, config[name], "neither true nor false; write one of them, without quotes")
+    if not isinstance(init := config.get("init_lora_weights"), bool | str | None):
+        raise _refused(where, "init_lora_weights", init, "neither true, false nor the name of an initialisation")
+    if not isinstance(base := config.get("base_model_name_or_path"), str | None):
+        raise _refused(where, "base_model_name_or_path", base, "not the name of a model")
+    for name in _NAME_LISTS:
+        match config.get(name):
+            case None:
+                pass
+            case str() as pattern if name in _NAME_PATTERNS:
+                _compiled(where, f"{name}={shown(pattern)}", pattern, pattern)
+            case [*names] if all(isinstance(item, str) for item in names):
+                pass
+            case value:
+                raise _refused(where, name, value, "not a list of modules' names")
+
+
+def plain_config(config: Mapping[str, Json]) -> dict[str, Json]:
+    """A config that `check_values` takes, as PEFT would have written it: whole numbers, and truth values, as such."""
+
+    def plain(value: Json) -> Json:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    written = {**config}
+    for name in ("r", "lora_alpha"):
+        if name in config:
+            written[name] = plain(config[name])
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(patterns := config.get(name), dict):
+            written[name] = {key: plain(value) for key, value in patterns.items()}
+    if isinstance(init := config.get("init_lora_weights"), str) and init.lower() in ("true", "false"):
+        written["init_lora_weights"] = init.lower() == "true"
+    return written
+
+
 def why_unreadable(config: Mapping[str, Json]) -> str:
     """Why the adapter's tensors don't say its update, and what to do about it; empty if they do."""
     if config.get("peft_type") != "LORA":
-        return f"peft_type {config.get('peft_type')!r} is not supported; only LORA is"
+        return f"peft_type {shown(config.get('peft_type'))} is not supported; only LORA is"
     asked = [field for field, feature in _UNREADABLE.items() if config.get(field) not in feature.off]
     if config.get("bias") not in _BIAS_MODES:
         asked.append("bias")
     if asked:
-        told = ", ".join(f"{field}={config[field]!r}" for field in asked)
+        told = ", ".join(f"{field}={shown(config[field])}" for field in asked)
         return (
             f"{told}: this adapter is more than its tensors say; "
             "fold it into its base (PEFT's merge_and_unload) and give the full model"
         )
-    if changes_base(config):
-        return (
-            f"init_lora_weights={config['init_lora_weights']!r} trained against a changed base; convert it to a plain "
-            "LoRA first (PEFT's save_pretrained(path_initial_model_for_weight_conversion=…))"
-        )
-    return ""
+    return _why_not_of_its_base(config) if changes_base(config) else ""
+
+
+def _why_not_of_its_base(config: Mapping[str, Json]) -> str:
+    told = f"init_lora_weights={shown(init := str(config['init_lora_weights']))}"
+    way_out = "convert it to a plain LoRA first (PEFT's save_pretrained(path_initial_model_for_weight_conversion=…))"
+    if init.lower().startswith(_CHANGING_INITS):
+        return f"{told} trained against a changed base; {way_out}"
+    return (
+        f"{told} is no initialisation that is known here, so it may have trained against a changed base: set it to "
+        f"true in adapter_config.json if it only chose the first values of the factors, or {way_out}"
+    )
 
 
 def why_unservable(config: Mapping[str, Json]) -> list[str]:
@@ -103,33 +169,101 @@ def declared_ranks(config: Mapping[str, Json]) -> list[Json]:
     return [config.get("r", 0), *(pattern.values() if isinstance(pattern, dict) else ())]
 
 
-def declared_rank(where: str, config: Mapping[str, Json], module: str) -> float:
-    """The rank that the config gives a module.
+@dataclass
+class DeclaredValues:
+    """The ranks and scales that an adapter's config gives to its modules.
 
-    Raises:
-        CheckpointError: it is no number; begins with `where`.
+    Args:
+        where: what errors begin with.
     """
-    return _of_module(where, config, "r", "rank_pattern", module)
+
+    where: str
+    config: Mapping[str, Json]
+    _seconds_left: float = field(default=MATCHING_SECONDS, init=False)
+
+    def rank(self, module: str) -> int:
+        """The rank that the config gives a module.
+
+        Raises:
+            CheckpointError: it is no positive whole number, or a pattern can't be matched.
+        """
+        name, value = self._of("r", "rank_pattern", module)
+        number = self._number(name, value)
+        if number != int(number) or number <= 0:
+            raise _refused(self.where, name, value, "not a positive whole number")
+        return int(number)
+
+    def alpha(self, module: str) -> float:
+        """What a module's product B A is multiplied by, before its rank divides it.
+
+        Raises:
+            CheckpointError: it is no finite number, or a pattern can't be matched.
+        """
+        return self._number(*self._of("lora_alpha", "alpha_pattern", module))
+
+    def scale(self, module: str, rank: int) -> float:
+        """What a module's product B A is multiplied by: alpha / rank, or alpha / √rank with rsLoRA.
+
+        Raises:
+            CheckpointError: as `alpha`.
+        """
+        return self.alpha(module) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _number(self, name: str, value: Json) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _refused(self.where, name, value, "not a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise _refused(self.where, name, value, "not a finite number")
+        return number
+
+    def _of(self, name: str, pattern_name: str, module: str) -> tuple[str, Json]:
+        """A field, or the entry of a pattern for the module: the first key that matches the end of its name."""
+        patterns = self.config.get(pattern_name)
+        if not isinstance(patterns, dict | None):
+            raise _refused(self.where, pattern_name, patterns, "not an object of patterns and numbers")
+        for key, value in (patterns or {}).items():
+            if self._matches(pattern_name, key, module):
+                return f"{pattern_name}[{shown(key)}]", value
+        return name, self.config.get(name)
+
+    def _matches(self, name: str, key: str, module: str) -> bool:
+        entry = f"{name}[{shown(key)}]"
+        compiled = _compiled(self.where, entry, key, rf"(.*\.)?({key})$")
+        if not _REPEATS.search(key):
+            return compiled.match(module) is not None
+        # What repeats may take exponential time: (a+)+$. Python's own engine can't be stopped, this one can.
+        before = time.monotonic()
+        try:
+            found = regex.match(compiled.pattern, module, timeout=max(self._seconds_left, 1e-3))
+        except TimeoutError as error:
+            raise CheckpointError(
+                f"{self.where}: adapter_config.json: {entry} takes more than {MATCHING_SECONDS:g} s to match against "
+                "the adapter's modules; write it without a repetition inside a repetition"
+            ) from error
+        except (regex.error, RecursionError) as error:
+            raise _refused(self.where, entry, key, f"no regular expression ({error})") from error
+        self._seconds_left -= time.monotonic() - before
+        return found is not None
 
 
-def declared_scale(where: str, config: Mapping[str, Json], module: str, rank: int) -> float:
-    """What a module's product B A is multiplied by: alpha / rank, or alpha / √rank with rsLoRA.
-
-    Raises:
-        CheckpointError: alpha is no number; begins with `where`.
-    """
-    alpha = _of_module(where, config, "lora_alpha", "alpha_pattern", module)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+_REPEATS = re.compile(r"[*+?{]")
 
 
-def _of_module(where: str, config: Mapping[str, Json], field: str, pattern_field: str, module: str) -> float:
-    """A field's value, or the one that a pattern has for the module: the first key that matches the end of its name."""
-    name, value = field, config.get(field)
-    pattern = config.get(pattern_field)
-    for key, special in pattern.items() if isinstance(pattern, dict) else ():
-        if re.match(rf"(.*\.)?({key})$", module):
-            name, value = f"{pattern_field}[{key!r}]", special
-            break
-    if not isinstance(value, int | float):
-        raise CheckpointError(f"{where}: adapter_config.json: {name} is {value!r}, not a number")
-    return float(value)
+def _compiled(where: str, entry: str, written: str, pattern: str) -> re.Pattern[str]:
+    """What was written, as PEFT compiles it; a star before a name is what people write who think of file names."""
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        why = error.msg if isinstance(error, re.error) else error
+        meant = f"; did you mean {shown('.*' + written.lstrip('*'))}?" if written.startswith("*") else ""
+        raise CheckpointError(
+            f"{where}: adapter_config.json: {entry} is no regular expression ({why}){meant}"
+        ) from error
+
+
+def _refused(where: str, name: str, value: Json, why: str) -> CheckpointError:
+    return CheckpointError(f"{where}: adapter_config.json: {name} is {shown(value)}, {why}")

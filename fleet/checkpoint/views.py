@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -126,11 +126,25 @@ class ViewFolder:
         """About how much memory the views take, beside the folders they read."""
         return sum(view.memory_bytes for tensors in self.tensors.values() for view in tensors.values())
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether some values are not a file's own, and may be in another dtype than there."""
+        return any(not isinstance(view, Stored) for tensors in self.tensors.values() for view in tensors.values())
+
     def files(self) -> dict[str, int]:
         sizes = {file: layout[-1].stop for file, layout in self._layouts.items()}
         sizes |= {file: folder.files()[file] for file, folder in self.passed.items()}
         sizes |= {file: len(data) for file, data in self._small.items()}
         return dict(sorted(sizes.items()))
+
+    def only(self, names: Collection[str]) -> ViewFolder:
+        chosen = set(names)
+        return replace(
+            self,
+            tensors={file: tensors for file, tensors in self.tensors.items() if file in chosen},
+            passed={file: folder for file, folder in self.passed.items() if file in chosen},
+            small={file: data for file, data in self.small.items() if file in chosen},
+        )
 
     def digests(self) -> dict[str, str]:
         identity = self.identity()

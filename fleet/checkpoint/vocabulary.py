@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from fleet.checkpoint.companions import is_companion
 from fleet.checkpoint.configs import has_field, is_nested, text_field, with_text_fields, without_text_fields
 from fleet.checkpoint.heads import open_base_folder
-from fleet.checkpoint.model import content_identity, is_companion, read_model
+from fleet.checkpoint.model import content_identity
 from fleet.checkpoint.row_tables import Row, RowTable, runs_of
 from fleet.checkpoint.tokens import TOKENIZER, full_model, token_tables, tokenizer_json, tokenizer_of, tokens_of
 from fleet.checkpoint.views import Stored, TensorView, ViewFolder
@@ -108,7 +109,7 @@ def _view(address: str, vocabulary: Vocabulary, uri: str) -> ViewFolder:
         table = _table(vocabulary, target, uri, name) if name in tables else None
         files[info.file][name] = Stored(model.folder, info) if table is None else table
     small = {**target.small, "config.json": _config(model.config, target)}
-    passed = {name: target.folder for name in target.folder.files() if is_companion(name, model) and name not in small}
+    passed = {name: target.folder for name in target.folder.files() if is_companion(name) and name not in small}
 
     def identity() -> Json:
         parts = (vocabulary.aligned, vocabulary.base, *vocabulary.models, uri)
@@ -122,8 +123,7 @@ def _view(address: str, vocabulary: Vocabulary, uri: str) -> ViewFolder:
 
 @lru_cache(maxsize=256)
 def _identity(uri: str) -> str:
-    folder = open_base_folder(uri)
-    return content_identity(folder, read_model(folder))
+    return content_identity(open_base_folder(uri))
 
 
 def _config(config: Mapping[str, Json], target: _Target) -> bytes:

@@ -9,14 +9,14 @@ import torch
 
 from fleet.algebra.delta import LowRank, zero
 from fleet.checkpoint.adapter import PEFT_PREFIX, Adapter
+from fleet.checkpoint.companions import is_companion, prompting_files
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import INDEX_FILE, TensorLayout, json_bytes
-from fleet.checkpoint.model import is_companion
 from fleet.checkpoint.modules import canonical_shape
 from fleet.checkpoint.shards import Output, Shard
 from fleet.checkpoint.tensors import TORCH_DTYPES, write_tensors
 from fleet.core.identity import Json
-from fleet.store import Store, open_store
+from fleet.store import Folder, Store, open_store
 from fleet.store.entry import FileEntry
 
 
@@ -38,11 +38,16 @@ def write_file(output: Output, file: str, tensors: Mapping[str, torch.Tensor]) -
 
 
 def write_shard(
-    output: Output, shard: Shard, like: FullModel, pieces: Callable[[str], Iterable[torch.Tensor]]
+    output: Output,
+    shard: Shard,
+    like: FullModel,
+    aligned: FullModel,
+    pieces: Callable[[str], Iterable[torch.Tensor]],
 ) -> dict[str, FileEntry]:
     """One shard of a full model with `like`'s names, shapes, dtypes and small files.
 
     Args:
+        aligned: whose tokenizer it gets, if `like` has none.
         pieces: a base tensor's name -> its values in the orientation of `like`'s files, piece by piece, any floating
             dtype.
     """
@@ -50,9 +55,8 @@ def write_shard(
     layout = [TensorLayout(n, like.tensors[n].dtype, like.tensors[n].shape) for n in shard.tensors]
     files = {shard.file: _write_tensors(store, output, shard.file, layout, map(pieces, shard.tensors))}
     if shard.weight_map is not None:
-        for name in like.folder.files():
-            if is_companion(name, like):
-                files[name] = _write_bytes(store, output, name, like.folder.read(name))
+        small = {name: like.folder for name in like.folder.files() if is_companion(name)}
+        files |= _copy(store, output, prompting_files(like.folder, aligned.folder) | small)
         if len(set(shard.weight_map.values())) > 1:
             total = sum(like.tensors[n].num_bytes for n in shard.weight_map)
             index = {"metadata": {"total_size": total}, "weight_map": shard.weight_map}
@@ -75,7 +79,7 @@ def write_adapter(
     Args:
         ranks: tensor -> its rank, known before a weight is read.
         factors: tensor -> ΔW of exactly that rank.
-        sources: the adapters this one is made of; their configs name the base.
+        sources: the adapters this one is made of; their configs name the base, and one alone gives its tokenizer.
     """
     present = [name for name in shard.tensors if ranks[name]]
     empty = [] if present else [shard.tensors[0]]
@@ -97,9 +101,12 @@ def write_adapter(
             yield [torch.zeros(entry.shape)]
 
     store = open_store(output.store)
-    weights = _write_tensors(store, output, shard.file, layout, tensors())
-    config = _write_bytes(store, output, "adapter_config.json", json_bytes(_adapter_config(written_ranks, sources)))
-    return WrittenAdapter({shard.file: weights, "adapter_config.json": config}, max(written_ranks.values()))
+    files = {shard.file: _write_tensors(store, output, shard.file, layout, tensors())}
+    config = json_bytes(_adapter_config(written_ranks, sources))
+    files["adapter_config.json"] = _write_bytes(store, output, "adapter_config.json", config)
+    owner = sources[0].folder if len(sources) == 1 else like.folder
+    files |= _copy(store, output, prompting_files(owner, like.folder))
+    return WrittenAdapter(files, max(written_ranks.values()))
 
 
 def of_rank(delta: LowRank, rank: int) -> LowRank:
@@ -140,6 +147,11 @@ def _write_tensors(
 ) -> FileEntry:
     written = write_tensors(store, f"{output.prefix}/{file}", layout, tensors)
     return FileEntry(num_bytes=written.num_bytes, sha256=written.sha256)
+
+
+def _copy(store: Store, output: Output, files: Mapping[str, Folder]) -> dict[str, FileEntry]:
+    """Write files as their folders have them."""
+    return {name: _write_bytes(store, output, name, folder.read(name)) for name, folder in files.items()}
 
 
 def _write_bytes(store: Store, output: Output, name: str, data: bytes) -> FileEntry:

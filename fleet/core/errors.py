@@ -4,6 +4,7 @@
 Every other `FleetError` is a failure of the run and exits with 1.
 """
 
+import reprlib
 import sys
 from collections.abc import Collection
 
@@ -58,3 +59,13 @@ def some(names: Collection[str], limit: int = 8) -> str:
     """The first of these names, sorted, and how many more there are: for a message."""
     shown = ", ".join(sorted(names)[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = 80
+_brief.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value that someone else wrote, for a message: as Python writes it, on one line, cut where it is long."""
+    return _brief.repr(value)

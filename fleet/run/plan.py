@@ -22,6 +22,7 @@ from fleet.checkpoint.configs import prepare_differences
 from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.heads import with_head_of
+from fleet.checkpoint.joined import joined_address
 from fleet.checkpoint.model import content_identity, read_model, require_full_model
 from fleet.checkpoint.opened import open_model_folder
 from fleet.checkpoint.tokens import renumbered
@@ -107,7 +108,8 @@ def make_plan(manifest: Manifest) -> Plan:
     with ThreadPoolExecutor(_READERS) as pool:
         sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
     _check_base_dtypes({role: sources[uri] for role, uri in base.models.items()})
-    sources = _in_one_vocabulary(manifest, _with_heads_alike(base.aligned, sources))
+    sources = _with_heads_alike(base.aligned, _under_aligned_names(base.aligned, sources))
+    sources = _in_one_vocabulary(manifest, sources)
     unaligned, safety, harmful = (
         sources[uri] if uri is not None else None for uri in (base.unaligned, base.safety, base.harmful)
     )
@@ -152,8 +154,23 @@ def _open_judge(judge: AnyJudge, contents: dict[str, bytes]) -> Judging:
 
 def _open_source(uri: str) -> Source:
     folder = open_model_folder(uri)
-    model = read_model(folder)
-    return Source(uri, model, content_identity(folder, model))
+    return Source(uri, read_model(folder), content_identity(folder))
+
+
+def _under_aligned_names(aligned: str, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources by their address, each read under the aligned model's names; the aligned one under its class's.
+
+    Raises:
+        CheckpointError: the aligned model is an adapter, or two tensors of a source are one of the aligned model's.
+    """
+    base = _joined(sources[aligned], sources[aligned])
+    return {uri: base if uri == aligned else _joined(source, base) for uri, source in sources.items()}
+
+
+def _joined(source: Source, aligned: Source) -> Source:
+    base = require_full_model(aligned.model, "base.aligned")
+    uri = joined_address(source.uri, source.model, aligned.uri, base)
+    return source if uri == source.uri else _open_source(uri)
 
 
 def _with_heads_alike(aligned: str, sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -164,9 +181,14 @@ def _with_heads_alike(aligned: str, sources: Mapping[str, Source]) -> dict[str, 
     """
     base = require_full_model(sources[aligned].model, "base.aligned")
     check_head(base)
-    full = {uri: source.model for uri, source in sources.items() if isinstance(source.model, FullModel)}
-    moved = {uri: address for uri, model in full.items() if (address := with_head_of(base, model, uri)) != uri}
-    return {**sources, **{uri: _open_source(address) for uri, address in moved.items()}}
+    return {uri: _with_head_alike(base, source) for uri, source in sources.items()}
+
+
+def _with_head_alike(aligned: FullModel, source: Source) -> Source:
+    if not isinstance(source.model, FullModel):
+        return source
+    uri = with_head_of(aligned, source.model, source.uri)
+    return source if uri == source.uri else _open_source(uri)
 
 
 def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -188,6 +210,7 @@ def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dic
                 f"checkpoint.vocabulary: {choice.model} is an adapter, which has no vocabulary of its own; "
                 'name a full model, or say "aligned"'
             )
+        named = full[named]
     kind = choice if isinstance(choice, str) else "model"
     models = [full[m.source] for m in manifest.models if m.source in full]
     vocabulary = chosen_vocabulary(kind, aligned, models, named)

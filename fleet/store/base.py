@@ -11,6 +11,7 @@ does with StoreError.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +51,10 @@ class Folder(Protocol):
         """
         ...
 
+    def only(self, names: Collection[str]) -> Folder:
+        """The same folder with these files alone: no other is listed, hashed or downloaded."""
+        ...
+
     def read(self, name: str) -> bytes:
         """The whole of a small file. Raises SourceError if it is missing."""
         ...
@@ -62,7 +67,7 @@ class Folder(Protocol):
         """A local directory with all the files.
 
         Itself if local, else downloaded (under `scratch`, or to the Hub's own cache) once per
-        content.
+        content. Of an `only` it holds no other files: links under `scratch`, where others are beside them.
         """
         ...
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
@@ -40,6 +40,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from fleet.core.errors import SourceError
 from fleet.store.keys import check_key, is_visible
+from fleet.store.links import linked
 from fleet.store.local import read_file_into
 
 _TIMEOUT_SECONDS = 10.0
@@ -53,10 +54,11 @@ class _File(NamedTuple):
 
 @dataclass(frozen=True)
 class HubFolder:
-    """The files of model repository `repo` at `commit`, 40 hexadecimal digits."""
+    """The files of model repository `repo` at `commit`, 40 hexadecimal digits. `names`: these alone."""
 
     repo: str
     commit: str
+    names: frozenset[str] | None = None
 
     @property
     def uri(self) -> str:
@@ -64,6 +66,9 @@ class HubFolder:
 
     def files(self) -> dict[str, int]:
         return {name: file.size for name, file in self._listing().items()}
+
+    def only(self, names: Collection[str]) -> HubFolder:
+        return replace(self, names=frozenset(names))
 
     def digests(self) -> dict[str, str]:
         return {name: file.digest for name, file in self._listing().items()}
@@ -95,14 +100,16 @@ class HubFolder:
         """The snapshot in the Hub's own cache, which also keeps one copy per content."""
         names = list(self._listing())
         with _explained(self.uri):
-            return Path(snapshot_download(self.repo, revision=self.commit, endpoint=_endpoint(), allow_patterns=names))
+            path = snapshot_download(self.repo, revision=self.commit, endpoint=_endpoint(), allow_patterns=names)
+        # Whoever asked for more of the repository has left that in the same snapshot.
+        return Path(path) if self.names is None else linked(Path(path), names, scratch)
 
     def _listing(self) -> dict[str, _File]:
         with _explained(self.uri):
             found = _listing(_endpoint(), self.repo, self.commit)
         if not found:
             raise SourceError(f"{self.uri}: the repository holds no files at this commit")
-        return dict(found)
+        return {name: file for name, file in found if self.names is None or name in self.names}
 
 
 def _endpoint() -> str | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +20,7 @@ from fleet.store.base import StoreWriter
 from fleet.store.digest import file_digest
 from fleet.store.file_writer import FileWriter
 from fleet.store.keys import check_key, check_prefix, is_visible
+from fleet.store.links import linked
 
 
 def read_file_into(path: Path | str, start: int, buffer: memoryview) -> None:
@@ -42,9 +43,10 @@ def read_file_into(path: Path | str, start: int, buffer: memoryview) -> None:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """The regular files under `path`, an absolute path; links to files count as files."""
+    """The regular files under `path`, an absolute path; links to files count as files. `names`: these alone."""
 
     path: Path
+    names: frozenset[str] | None = None
 
     @property
     def uri(self) -> str:
@@ -55,9 +57,14 @@ class LocalFolder:
             if not self.path.is_dir():
                 raise SourceError(f"{self.path}: {_why_no_folder(self.path)}")
             found = _sizes(self.path, self.path)
+        if self.names is not None:
+            found = {name: size for name, size in found.items() if name in self.names}
         if not found:
             raise SourceError(f"{self.path}: the folder holds no files")
         return found
+
+    def only(self, names: Collection[str]) -> LocalFolder:
+        return replace(self, names=frozenset(names))
 
     def digests(self) -> dict[str, str]:
         names = self.files()
@@ -74,8 +81,11 @@ class LocalFolder:
             read_file_into(path, start, buffer)
 
     def local(self, scratch: Path) -> Path:
-        self.files()
-        return self.path
+        names = self.files()
+        if self.names is None:
+            return self.path
+        with _explained(SourceError, self.path):
+            return linked(self.path, names, scratch)
 
 
 def _why_no_folder(path: Path) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class S3Folder:
     bucket: str
     prefix: str
     etags: dict[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
+    names: frozenset[str] | None = None
+    """These objects alone."""
 
     @property
     def uri(self) -> str:
@@ -50,6 +52,9 @@ class S3Folder:
 
     def files(self) -> dict[str, int]:
         return {name: int(item["Size"]) for name, item in self._objects().items()}
+
+    def only(self, names: Collection[str]) -> S3Folder:
+        return replace(self, names=frozenset(names))
 
     def digests(self) -> dict[str, str]:
         found = {name: str(item["ETag"]).strip('"') for name, item in self._objects().items()}
@@ -82,6 +87,8 @@ class S3Folder:
         # This is where a source is first contacted, so it fails fast.
         with _explained(SourceError, self.uri):
             found = _list(client(patient=False), self.bucket, _join(self.prefix, ""))
+        if self.names is not None:
+            found = {name: item for name, item in found.items() if name in self.names}
         if not found:
             raise SourceError(f"{self.uri}: no objects there; check the bucket and the prefix")
         return found

@@ -58,7 +58,11 @@ class FuseUnit:
         with ThreadPoolExecutor(1) as reader:
             fusion = StreamedFusion(aligned, members, self.method, self.thresholds, reader, curvatures)
             watch = _Watch(aligned, {name for member in members.values() for name in touched_tensors(member)})
-            files = write_shard(self.output, self.shard, aligned, lambda name: watch.seen(name, fusion.tensor(name)))
+
+            def pieces(name: str) -> Iterable[torch.Tensor]:
+                return watch.seen(name, fusion.tensor(name))
+
+            files = write_shard(self.output, self.shard, aligned, aligned, pieces)
             return UnitRecord(files=files, result={"changed": watch.changed})
 
     def _lora(self, aligned: FullModel, members: dict[str, Model], curvatures: dict[str, Curvature]) -> UnitRecord:

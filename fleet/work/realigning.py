@@ -69,7 +69,7 @@ class RealignUnit:
         """The record has a row per edited module."""
         work = _Realigning(self)
         if not self.as_lora:
-            files = write_shard(self.output, self.shard, work.like, work.pieces)
+            files = write_shard(self.output, self.shard, work.like, work.aligned, work.pieces)
             return UnitRecord(files=files, result={"edits": work.edits})
         ranks = work.ranks()
         written = write_adapter(self.output, self.shard, work.aligned, ranks, work.factors, [_adapter(self.model)])

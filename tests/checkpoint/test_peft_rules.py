@@ -10,10 +10,9 @@ from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 
 from fleet.checkpoint.peft_rules import (
+    DeclaredValues,
     changes_base,
-    declared_rank,
     declared_ranks,
-    declared_scale,
     why_unreadable,
     why_unservable,
 )
@@ -69,15 +68,16 @@ def test_config_with_dora_saved_modules_and_biases_is_read_and_not_served() -> N
 
 def test_rank_and_scale_are_the_patterns_first_match_by_the_end_of_the_name() -> None:
     config = LORA | {"rank_pattern": {"a.q": 2, "q": 3}, "alpha_pattern": {r"\d+\.q": 6}}
-    assert [declared_rank("here", config, name) for name in ("m.a.q", "m.b.q", "m.bq")] == [2, 3, 4]
+    declared = DeclaredValues("here", config)
+    assert [declared.rank(name) for name in ("m.a.q", "m.b.q", "m.bq")] == [2, 3, 4]
     assert declared_ranks(config) == [4, 2, 3]
-    assert [declared_scale("here", config, name, 2) for name in ("m.1.q", "m.a.q")] == [3.0, 4.0]
-    assert declared_scale("here", config | {"use_rslora": True}, "v", 16) == 2.0
+    assert [declared.scale(name, 2) for name in ("m.1.q", "m.a.q")] == [3.0, 4.0]
+    assert DeclaredValues("here", config | {"use_rslora": True}).scale("v", 16) == 2.0
 
 
 def test_rank_and_scale_that_are_no_numbers_are_refused_by_field() -> None:
     config = LORA | {"r": None, "alpha_pattern": {"q": "8"}}
     with pytest.raises(CheckpointError, match=r"^here: .*: r is None, not a number"):
-        declared_rank("here", config, "q")
+        DeclaredValues("here", config).rank("q")
     with pytest.raises(CheckpointError, match=r"alpha_pattern\['q'\] is '8', not a number"):
-        declared_scale("here", config, "q", 4)
+        DeclaredValues("here", config).scale("q", 4)
