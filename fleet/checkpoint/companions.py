@@ -54,15 +54,16 @@ def prompting_files(own: Folder, aligned: Folder) -> dict[str, Folder]:
 
 
 def own_files(folder: Folder) -> Folder:
-    """The folder with its model's files alone; itself, if there are no others.
+    """The folder with its model's files alone; itself, if there are no others, or no weights.
 
     Raises:
         CheckpointError: an index that is damaged or names files that aren't there.
     """
     files = folder.files()
-    if "adapter_config.json" in files:
-        chosen = {"adapter_config.json", *weight_files(folder, "adapter"), *filter(is_prompting, files)}
-    else:
-        chosen = {*weight_files(folder, "model"), *filter(is_companion, files)}
-        chosen |= {INDEX_FILE} & files.keys()
-    return folder if chosen >= files.keys() else folder.only(chosen)
+    is_adapter = "adapter_config.json" in files
+    weights = weight_files(folder, "adapter" if is_adapter else "model")
+    if not weights:
+        return folder  # whoever reads it sees all that is there, and says what to do about it
+    own = {"adapter_config.json", *filter(is_prompting, files)} if is_adapter else {*filter(is_companion, files)}
+    own |= {*weights, INDEX_FILE} & files.keys()
+    return folder if own >= files.keys() else folder.only(own)
