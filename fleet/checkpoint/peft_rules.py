@@ -19,8 +19,8 @@ import regex
 from fleet.core.errors import CheckpointError, shown
 from fleet.core.identity import Json
 
-MATCHING_SECONDS = 5.0
-"""How long the patterns of one adapter may take to match: some need time exponential in a name's length."""
+MATCHING_SECONDS = 1.0
+"""Processor time that the patterns of one adapter may take: some need time exponential in a name's length."""
 
 _NO_FLAG: tuple[object, ...] = (None, False)
 _NO_LIST: tuple[object, ...] = (None, [])
@@ -179,7 +179,7 @@ class DeclaredValues:
 
     where: str
     config: Mapping[str, Json]
-    _seconds_left: float = field(default=MATCHING_SECONDS, init=False)
+    _seconds_left: float = field(default_factory=lambda: MATCHING_SECONDS, init=False)
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module.
@@ -236,7 +236,7 @@ class DeclaredValues:
         if not _REPEATS.search(key):
             return compiled.match(module) is not None
         # What repeats may take exponential time: (a+)+$. Python's own engine can't be stopped, this one can.
-        before = time.monotonic()
+        before = time.process_time()
         try:
             found = regex.match(compiled.pattern, module, timeout=max(self._seconds_left, 1e-3))
         except TimeoutError as error:
@@ -246,7 +246,7 @@ class DeclaredValues:
             ) from error
         except (regex.error, RecursionError) as error:
             raise _refused(self.where, entry, key, f"no regular expression ({error})") from error
-        self._seconds_left -= time.monotonic() - before
+        self._seconds_left -= time.process_time() - before
         return found is not None
 
 

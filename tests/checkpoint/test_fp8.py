@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,26 @@ def test_fp8_base_refused(quantised: Path, tmp_path: Path, vocabulary: str) -> N
 
 
 TASK: dict[str, Any] = TaskArithmetic(method="task_arithmetic").model_dump(mode="json")
+
+
+NO_BLOCKS: list[Any] = [
+    [0, 0], [2, 0], [-1, 2], [None, None], ["a", "b"], [math.nan, 2], [math.inf, 2], [2], 2, "2x2", [[], 2], [1.5, 2],
+    [True, 2], {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", NO_BLOCKS)
+def test_block_size_of_no_block_is_refused_by_field(tmp_path: Path, size: Any) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8", "weight_block_size": size}}
+    tensors = {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(2, 2)}
+    write_model(tmp_path, config, tensors)
+    with pytest.raises(CheckpointError, match=r"quantization_config\.weight_block_size is .*, not two positive whole"):
+        read_model(open_folder(str(tmp_path)))
+
+
+def test_scales_that_are_no_floating_point_numbers_are_refused(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+    tensors = {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1, dtype=torch.int64)}
+    write_model(tmp_path, config, tensors)
+    with pytest.raises(CheckpointError, match=r"no floating-point numbers: a\.weight_scale \(I64\)"):
+        read_model(open_folder(str(tmp_path)))

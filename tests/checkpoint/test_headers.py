@@ -127,3 +127,46 @@ def test_shards_planned_from_headers_hold_every_tensor_once(tmp_path: Path) -> N
     assert [name for shard in shards for name in shard] == sorted(infos)
     assert shards == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
     assert shard_name(1, 4) == "model-00002-of-00004.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "not a JSON object"),
+        ({}, "weight_map is None, not an object"),
+        ({"weight_map": []}, r"weight_map is \[\], not an object"),
+        ({"weight_map": 0}, "weight_map is 0, not an object"),
+        ({"weight_map": {}}, "weight_map is {}, not an object"),
+        ({"weight_map": {"a": 1}}, "weight_map names no file for a"),
+        ({"weight_map": {"a": "./model.safetensors"}}, "by a path, which vLLM doesn't find"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "by a path"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "names gone.safetensors, which is not there"),
+        ({"weight_map": {"c": "other.safetensors"}}, "doesn't name model.safetensors, which is there too"),
+        ({"weight_map": {"a": "model.safetensors", "c": "model.safetensors"}}, "missing or elsewhere: c"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+    ],
+)
+def test_headers_of_a_folder_with_a_bad_index_refused_in_one_line(tmp_path: Path, index: Any, message: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file({"c": torch.ones(1)}, tmp_path / "other.safetensors")
+    data = index if isinstance(index, str | bytes) else json.dumps(index)
+    (tmp_path / "model.safetensors.index.json").write_bytes(data.encode() if isinstance(data, str) else data)
+    with pytest.raises(CheckpointError, match=message) as e:
+        read_headers(open_folder(str(tmp_path)), "model")
+    assert "\n" not in str(e.value)
+
+
+def test_headers_of_an_index_with_a_wrong_total_are_read(tmp_path: Path) -> None:
+    """No loader reads `total_size`, and editors of checkpoints leave it as it was."""
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    index = {"metadata": {"total_size": -1}, "weight_map": {"a": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(read_headers(open_folder(str(tmp_path)), "model")) == {"a"}
+
+
+@pytest.mark.parametrize("shape", [[10**30], [1] * 65, [True, None]])
+def test_header_with_a_shape_of_no_tensor_refused(tmp_path: Path, shape: list[Any]) -> None:
+    write_raw(tmp_path, {"t": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}, b"1234")
+    with pytest.raises(CheckpointError, match="malformed shape"):
+        read_headers(open_folder(str(tmp_path)), "model")

@@ -212,3 +212,67 @@ def test_full_model_of_an_older_transformers_fits(catalogue: Path, tmp_path: Pat
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
     with pytest.raises(CheckpointError, match=r"rope_theta is 7\.0"):
         check_belongs(read_model(open_folder(str(folder))), aligned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.attention.bias", (1, 1, 8, 8)),
+        ("transformer.h.0.attn.bias", (8, 8)),
+        ("transformer.h.0.attn.attention.bias", (1, 1, 8, 8)),
+        ("transformer.h.0.crossattention.bias", (1, 1, 8, 8)),
+        ("h.0.attn.masked_bias", ()),
+        ("gpt_neox.layers.0.attention.masked_bias", (1,)),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (4,)),
+        ("model.rotary_emb.original_inv_freq", (4,)),
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", (1, 1, 8, 4)),
+        ("transformer.h.0.attn.causal_mask", (1, 1, 8, 8)),
+        ("embeddings.position_ids", (1, 8)),
+        ("transformer.h.0.attn.embed_positions", (8, 4)),
+        ("model.embed_positions.weights", (8, 4)),
+    ],
+)
+def test_buffer_of_any_dtype_is_no_tensor_of_a_model(
+    tmp_path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    write_model(tmp_path, {"model_type": "gpt_neox"}, {"m.weight": torch.ones(2, 2), name: torch.ones(shape).to(dtype)})
+    model = require_full_model(read_model(open_folder(str(tmp_path))), "model")
+    assert set(model.tensors) == {"m.weight"}
+    assert model.left_out == (() if name.endswith("rotary_emb.inv_freq") else (name,))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer.h.0.attn.c_attn.bias", (24,)),
+        ("model.layers.0.attention.bias", (8,)),
+        ("model.layers.0.attn.bias", (8, 4)),
+        ("model.embed_positions.weight", (8, 4)),
+        ("encoder.relative_attention_bias.weight", (8, 8)),
+    ],
+)
+def test_parameter_that_is_called_like_a_buffer_stays(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    write_model(tmp_path, {"model_type": "gpt2"}, {name: torch.ones(shape)})
+    assert set(require_full_model(read_model(open_folder(str(tmp_path))), "model").tensors) == {name}
+
+
+def test_tensors_that_zero_3_left_empty_are_refused_with_the_setting(adapter_copy: Path, tmp_path: Path) -> None:
+    file = adapter_copy / "adapter_model.safetensors"
+    save_file({name: torch.empty(0) for name in load_file(file)}, file)
+    write_model(tmp_path / "full", {"model_type": "llama"}, {"m.weight": torch.empty(0), "n.weight": torch.ones(2)})
+    for folder in (adapter_copy, tmp_path / "full"):
+        message = r"tensors are empty \(.*ZeRO-3.*stage3_gather_16bit_weights_on_model_save"
+        with pytest.raises(CheckpointError, match=message):
+            read_model(open_folder(str(folder)))
+
+
+def test_adapter_file_with_an_adapters_own_name_is_read_and_with_two_names_refused(tmp_path: Path) -> None:
+    named = {name.replace(".weight", ".sft.weight"): tensor for name, tensor in FACTORS.items()}
+    adapter = read_model(open_folder(str(write_adapter(tmp_path / "one", {}, named))))
+    assert isinstance(adapter, Adapter)
+    assert set(adapter.modules) == {"m"}
+    both = named | {name.replace(".sft.", ".dpo."): tensor.clone() for name, tensor in named.items()}
+    write_adapter(tmp_path / "two", {}, both)
+    with pytest.raises(CheckpointError, match=r"holds 2 adapters \(dpo, sft\); save one .*selected_adapters"):
+        read_model(open_folder(str(tmp_path / "two")))

@@ -193,6 +193,16 @@ def test_hub_read_into_goes_on_after_a_broken_answer(hub: Hub, folder: HubFolder
     assert [wanted for _, _, wanted, _ in hub.requests] == ["bytes=100-149", "bytes=120-149"]
 
 
+def test_hub_folder_of_some_files_downloads_and_shows_no_other(hub: Hub, folder: HubFolder, tmp_path: Path) -> None:
+    """Not even one that is in the snapshot from before."""
+    folder.read("sub/extra.json")
+    some = folder.only(["config.json"])
+    assert list(some.files()) == list(some.digests()) == ["config.json"]
+    where = some.local(tmp_path / "scratch")
+    assert [path.relative_to(where).as_posix() for path in where.rglob("*") if path.is_file()] == ["config.json"]
+    assert not any("model.safetensors" in str(request) for request in hub.requests)
+
+
 def test_hub_local_holds_the_visible_files(folder: HubFolder, tmp_path: Path) -> None:
     where = folder.local(tmp_path / "scratch")
     found = {path.relative_to(where).as_posix() for path in where.rglob("*") if path.is_file()}

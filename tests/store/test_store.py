@@ -264,6 +264,24 @@ def test_folder_digest_names_count(store: Store) -> None:
     assert folder_digest(fill(store, a=b"1")) != folder_digest(fill(store, a=b"1", b=b"1"))
 
 
+def test_folder_of_some_files_lists_hashes_and_brings_no_other(store: Store, tmp_path: Path) -> None:
+    whole = fill(store, a=b"1", b=b"2", sub__c=b"3")
+    folder = whole.only(["a", "sub/c", "absent"])
+    assert folder.uri == whole.uri
+    assert folder.files() == {"a": 1, "sub/c": 1}
+    assert folder.digests() == {name: whole.digests()[name] for name in ("a", "sub/c")}
+    assert pickle.loads(pickle.dumps(folder)) == folder
+    for _ in range(2):
+        where = folder.local(tmp_path / "scratch")
+        found = {path.relative_to(where).as_posix(): path.read_bytes() for path in where.rglob("*") if path.is_file()}
+        assert found == {"a": b"1", "sub/c": b"3"}
+
+
+def test_folder_of_no_file_that_is_there_is_a_source_error(store: Store) -> None:
+    with pytest.raises(SourceError):
+        fill(store, a=b"1").only(["b"]).files()
+
+
 def test_folder_pin_matches_or_names_both(store: Store) -> None:
     folder = fill(store, a=b"1")
     pin = folder_digest(folder)
