@@ -110,17 +110,14 @@ def _config(adapter: Adapter, renamed: Callable[[str], str]) -> dict[str, Json]:
     if all(name == new for name, new in modules.items()):
         return config
     declared = DeclaredValues(adapter.folder.uri, config)
-    ranks: dict[str, Json] = {new: adapter.modules[name].rank for name, new in modules.items()}
-    targets: list[Json] = [*sorted(modules.values())]
-    alphas: dict[str, Json] = {new: declared.alpha(name) for name, new in modules.items()}
-    return plain_config(
-        config
-        | {
-            "target_modules": targets,
-            "exclude_modules": None,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-            "rank_pattern": {new: rank for new, rank in ranks.items() if rank != config.get("r")},
-            "alpha_pattern": {new: alpha for new, alpha in alphas.items() if alpha != config.get("lora_alpha")},
-        }
-    )
+    ranks = {new: adapter.modules[name].rank for name, new in modules.items()}
+    alphas = {new: declared.alpha(name) for name, new in modules.items()}
+    named: dict[str, Json] = {
+        "target_modules": [*sorted(modules.values())],
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {new: rank for new, rank in ranks.items() if rank != config.get("r")},
+        "alpha_pattern": {new: alpha for new, alpha in alphas.items() if alpha != config.get("lora_alpha")},
+    }
+    return plain_config(config | named)

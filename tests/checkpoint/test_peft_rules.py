@@ -64,7 +64,7 @@ def test_init_changes_the_base_where_peft_does(init: bool | str) -> None:
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "LoRA_GA", "of_next_year"])
 def test_init_with_a_changed_base_or_an_unknown_one_is_neither_read_nor_served(init: str) -> None:
-    config = LORA | {"init_lora_weights": init}
+    config: dict[str, Any] = LORA | {"init_lora_weights": init}
     assert "changed base" in why_unreadable(config)
     assert why_unservable(config) == [f"init_lora_weights={init!r} changes the base weights"]
 
@@ -75,13 +75,18 @@ def test_config_of_a_plain_lora_is_read_and_served() -> None:
 
 
 def test_config_with_dora_saved_modules_and_biases_is_read_and_not_served() -> None:
-    config = LORA | {"use_dora": True, "lora_bias": True, "modules_to_save": ["embed_tokens"], "bias": "all"}
+    config: dict[str, Any] = LORA | {
+        "use_dora": True,
+        "lora_bias": True,
+        "modules_to_save": ["embed_tokens"],
+        "bias": "all",
+    }
     assert why_unreadable(config) == ""
     assert len(why_unservable(config)) == 4
 
 
 def test_rank_and_scale_are_the_patterns_first_match_by_the_end_of_the_name() -> None:
-    config = LORA | {"rank_pattern": {"a.q": 2, "q": 3}, "alpha_pattern": {r"\d+\.q": 6}}
+    config: dict[str, Any] = LORA | {"rank_pattern": {"a.q": 2, "q": 3}, "alpha_pattern": {r"\d+\.q": 6}}
     declared = DeclaredValues("here", config)
     assert [declared.rank(name) for name in ("m.a.q", "m.b.q", "m.bq")] == [2, 3, 4]
     assert declared_ranks(config) == [4, 2, 3]
@@ -90,7 +95,7 @@ def test_rank_and_scale_are_the_patterns_first_match_by_the_end_of_the_name() ->
 
 
 def test_rank_and_scale_that_are_no_numbers_are_refused_by_field() -> None:
-    config = LORA | {"r": None, "alpha_pattern": {"q": "8"}}
+    config: dict[str, Any] = LORA | {"r": None, "alpha_pattern": {"q": "8"}}
     with pytest.raises(CheckpointError, match=r"^here: .*: r is None, not a number"):
         DeclaredValues("here", config).rank("q")
     with pytest.raises(CheckpointError, match=r"alpha_pattern\['q'\] is '8', not a number"):
@@ -125,7 +130,7 @@ def test_patterns_are_matched_as_peft_matches_them() -> None:
     ]
     for name in names:
         for first, second in itertools.permutations(keys, 2):
-            config = LORA | {"rank_pattern": {first: 1, second: 2}}
+            config: dict[str, Any] = LORA | {"rank_pattern": {first: 1, second: 2}}
             found = get_pattern_key([first, second], name)
             expected = {first: 1, second: 2}.get(found, 4)
             assert DeclaredValues("here", config).rank(name) == expected, (first, second, name)
@@ -133,7 +138,7 @@ def test_patterns_are_matched_as_peft_matches_them() -> None:
 
 def test_pattern_that_takes_exponential_time_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_rules, "MATCHING_SECONDS", 0.01)
-    config = LORA | {"alpha_pattern": {"(a|aa)+$": 1}}
+    config: dict[str, Any] = LORA | {"alpha_pattern": {"(a|aa)+$": 1}}
     with pytest.raises(
         CheckpointError, match=r"here: .*: alpha_pattern\['\(a\|aa\)\+\$'\] takes more than .* to match"
     ):

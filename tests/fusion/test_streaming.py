@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -465,6 +465,9 @@ class MemoryFolder:
     data: dict[str, bytes]
     reads: list[tuple[str, int, int]] = field(default_factory=list)
     uri: str = "memory://"
+
+    def only(self, names: Collection[str]) -> MemoryFolder:
+        raise NotImplementedError
 
     def files(self) -> dict[str, int]:
         return {name: len(data) for name, data in self.data.items()}
