@@ -33,6 +33,9 @@ _WEIGHTS = re.compile(r".+\.safetensors|pytorch_model.*\.bin")
 _TRAINING_CHECKPOINT = re.compile(r"checkpoint-\d+")
 """What trainers leave inside a model's folder on the way to it."""
 
+_MERGED = re.compile(r"merged[\w.-]*")
+"""What they leave inside an adapter's folder: the same model, merged into its base."""
+
 
 class _Template(BaseModel):
     """The part of a template that is read before its models are known; the whole becomes a `Manifest` afterwards."""
@@ -79,10 +82,13 @@ def model_folders(files: Iterable[str]) -> list[PurePosixPath]:
     for file in map(PurePosixPath, files):
         names.setdefault(file.parent, set()).add(file.name)
     found = {path for path, inside in names.items() if _holds_model(inside)}
-    checkpoints = {p for p in found if _TRAINING_CHECKPOINT.fullmatch(p.name) and p.parent in found}
-    if checkpoints:
-        logger.info("left out, as checkpoints of the model they lie in: %s", ", ".join(map(str, sorted(checkpoints))))
-    return sorted(found - checkpoints)
+    adapters = {path for path in found if "adapter_config.json" in names[path]}
+    left = {p for p in found if _TRAINING_CHECKPOINT.fullmatch(p.name) and p.parent in found}
+    left |= {p for p in found if _MERGED.fullmatch(p.name) and p.parent in adapters}
+    if left:
+        told = ", ".join(map(str, sorted(left)))
+        logger.info("left out, as checkpoints or merged copies of the model they lie in: %s", told)
+    return sorted(found - left)
 
 
 def model_name(path: str) -> str:

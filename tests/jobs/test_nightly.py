@@ -98,6 +98,17 @@ def test_catalogue_with_training_checkpoints_takes_only_the_model_they_lead_to(t
     assert list(found(complete_manifest(str(catalogue), template(tmp_path)))) == ["a", "alone-checkpoint-7"]
 
 
+def test_catalogue_with_an_adapter_merged_below_it_takes_the_adapter_alone(tmp_path: Path) -> None:
+    catalogue = tmp_path / "models"
+    put_adapter(catalogue / "a")
+    for name in ("a/merged", "a/merged_16bit", "b", "b/merged", "merged"):
+        put(catalogue / name, "config.json", "model.safetensors")
+    put_adapter(catalogue / "a" / "checkpoint-5")
+    put(catalogue / "a" / "checkpoint-5" / "merged", "config.json", "model.safetensors")
+    names = [model.name for model in complete_manifest(str(catalogue), template(tmp_path)).models]
+    assert names == ["a", "b", "b-merged", "merged"]
+
+
 def test_catalogue_that_holds_base_models_and_artifacts_leaves_them_out(tmp_path: Path) -> None:
     put_adapter(tmp_path / "a")
     put(tmp_path / "bases" / "aligned", "config.json", "model.safetensors")
