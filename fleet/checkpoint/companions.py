@@ -7,6 +7,7 @@ is read, hashed, copied to nodes or into outputs, or seen by an engine.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from fleet.checkpoint.headers import INDEX_FILE, weight_files
 from fleet.store import Folder
@@ -53,15 +54,17 @@ def prompting_files(own: Folder, aligned: Folder) -> dict[str, Folder]:
     return {name: aligned for name in aligned.files() if is_prompting(name)} | mine
 
 
-def own_files(folder: Folder) -> Folder:
+def own_files(folder: Folder, files: Mapping[str, int]) -> Folder:
     """The folder with its model's files alone; itself, if there are no others, or no weights.
+
+    Args:
+        files: those of the folder; a listing costs a request where they are remote.
 
     Raises:
         CheckpointError: an index that is damaged or names files that aren't there.
     """
-    files = folder.files()
     is_adapter = "adapter_config.json" in files
-    weights = weight_files(folder, "adapter" if is_adapter else "model")
+    weights = weight_files(folder, "adapter" if is_adapter else "model", files)
     if not weights:
         return folder  # whoever reads it sees all that is there, and says what to do about it
     own = {"adapter_config.json", *filter(is_prompting, files)} if is_adapter else {*filter(is_companion, files)}

@@ -172,7 +172,7 @@ def read_headers(folder: Folder, what: str) -> dict[str, TensorInfo]:
             damaged or names a file or tensor that is not there.
     """
     sizes = folder.files()
-    files = weight_files(folder, what)
+    files = weight_files(folder, what, sizes)
     if not files:
         raise CheckpointError(f"{folder.uri}: no safetensors weights of a {what}: {advice(what, sizes)}")
     tensors: dict[str, TensorInfo] = {}
@@ -189,7 +189,7 @@ def read_headers(folder: Folder, what: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def weight_files(folder: Folder, what: str) -> list[str]:
+def weight_files(folder: Folder, what: str, sizes: Mapping[str, int]) -> list[str]:
     """The files that hold a checkpoint's weights: what its index names, else all safetensors files, as vLLM does.
 
     Without an index, copies in another layout or dtype are no part of it where there is a plain one.
@@ -197,11 +197,11 @@ def weight_files(folder: Folder, what: str) -> list[str]:
     Args:
         folder: the checkpoint.
         what: `model` or `adapter`.
+        sizes: the folder's files; a listing costs a request where they are remote.
 
     Raises:
         CheckpointError: the index is damaged, names what is not there, or leaves out a `model.safetensors`.
     """
-    sizes = folder.files()
     if what == "adapter":
         return [f for f in sizes if f == "adapter_model.safetensors"]
     if INDEX_FILE in sizes:

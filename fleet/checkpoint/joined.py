@@ -55,13 +55,18 @@ def open_source(uri: str) -> Folder:
         CheckpointError: the source or the aligned model can't be read, or two of its tensors are one of the latter's.
     """
     if not uri.startswith(JOINED_SCHEME):
-        return own_files(open_folder(uri))
+        return _own_files(uri)
     addresses = json.loads(uri.removeprefix(JOINED_SCHEME))
-    folder = own_files(open_folder(addresses["model"]))
+    folder = _own_files(addresses["model"])
     model = read_model(folder)
     is_aligned = addresses["to"] == addresses["model"]
     aligned = model if is_aligned else read_model(open_source(addresses["to"]))
     return _view(folder, model, require_full_model(aligned, "base.aligned"))
+
+
+def _own_files(uri: str) -> Folder:
+    folder = open_folder(uri)
+    return own_files(folder, folder.files())
 
 
 def _naming(model: Model, aligned: FullModel) -> Callable[[str], str]:

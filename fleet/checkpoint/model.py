@@ -30,9 +30,9 @@ def read_model(folder: Folder) -> Model:
     """
     files = folder.files()
     if "adapter_config.json" in files:
-        return read_adapter(own_files(folder))
+        return read_adapter(own_files(folder, files))
     if "config.json" in files:
-        return read_full_model(own_files(folder))
+        return read_full_model(own_files(folder, files))
     raise CheckpointError(
         f"{folder.uri}: neither config.json (a model) nor adapter_config.json (an adapter) is there; "
         f"{advice('model', files)}"
@@ -40,9 +40,12 @@ def read_model(folder: Folder) -> Model:
 
 
 def content_identity(folder: Folder) -> str:
-    """Digest of the files that decide what a model does: notes, cards and a trainer's state beside them may change."""
-    digests = own_files(folder).digests()
-    return digest({name: found for name, found in digests.items() if name != INDEX_FILE})
+    """Digest of the files that decide what a model does: notes, cards and a trainer's state beside them may change.
+
+    Args:
+        folder: a model's own files, as `open_model_folder` gives them.
+    """
+    return digest({name: found for name, found in folder.digests().items() if name != INDEX_FILE})
 
 
 def require_full_model(model: Model, role: str) -> FullModel:

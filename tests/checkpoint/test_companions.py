@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fleet.checkpoint.companions import own_files, prompting_files
+from fleet.checkpoint.companions import prompting_files
 from fleet.checkpoint.headers import read_headers
 from fleet.checkpoint.model import content_identity
 from fleet.checkpoint.opened import open_model, open_model_folder
@@ -55,11 +55,11 @@ LEFT_OF_ADAPTERS = tuple(name for name in LEFT if name != "adapter_model.safeten
 )
 def test_file_that_decides_what_a_model_does_is_in_its_identity(tmp_path: Path, kind: str, name: str) -> None:
     folder = folder_of(kind, tmp_path / "m")
-    found = {content_identity(open_folder(str(folder)))}
+    found = {content_identity(open_model_folder(str(folder)))}
     for data in (b"x", b"xy"):
         add(folder, name, data)
-        found.add(content_identity(open_folder(str(folder))))
-        assert name in own_files(open_folder(str(folder))).files()
+        found.add(content_identity(open_model_folder(str(folder))))
+        assert name in open_model_folder(str(folder)).files()
     assert len(found) == 3
 
 
@@ -72,9 +72,9 @@ def test_file_that_decides_what_a_model_does_is_in_its_identity(tmp_path: Path, 
 )
 def test_file_that_trainers_leave_neither_counts_nor_travels(tmp_path: Path, kind: str, name: str) -> None:
     folder = folder_of(kind, tmp_path / "m")
-    before, files = content_identity(open_folder(str(folder))), set(open_folder(str(folder)).files())
+    before, files = content_identity(open_model_folder(str(folder))), set(open_folder(str(folder)).files())
     add(folder, name)
-    assert content_identity(open_folder(str(folder))) == before
+    assert content_identity(open_model_folder(str(folder))) == before
     local = open_model_folder(str(folder)).local(tmp_path / "scratch")
     assert {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()} == files
     open_model(str(folder))
@@ -89,7 +89,7 @@ def test_weights_are_what_the_index_names_whatever_else_is_there(tmp_path: Path)
     assert set(read_headers(open_folder(str(folder)), "model")) == {"m.weight", "other.weight"}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert set(read_headers(open_folder(str(folder)), "model")) == {"m.weight"}
-    assert "extra.safetensors" not in own_files(open_folder(str(folder))).files()
+    assert "extra.safetensors" not in open_model_folder(str(folder)).files()
 
 
 def test_only_copy_in_another_dtype_is_the_weights(tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_gpt2_as_the_hub_has_it_is_read_as_its_class_loads_it(tmp_path: Path) ->
         assert torch.equal(value, model.get_parameter(name)), name
 
 
+def test_model_with_masks_is_served_without_them(tmp_path: Path) -> None:
+    """A Llama of vLLM takes no tensor that it doesn't know."""
+    write_model(tmp_path, CONFIG, BASE | {"model.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)})
+    uri, _ = joined(tmp_path)
+    assert set(load_file(open_model_folder(uri).local(tmp_path / "scratch") / "model.safetensors")) == set(BASE)
+
+
 def test_source_as_it_should_be_keeps_its_address_and_files(catalogue: Path) -> None:
     for name in ("full", "lora", "rslora"):
         uri, model = joined(catalogue / name, catalogue / "aligned")
@@ -126,12 +133,8 @@ def test_adapter_under_other_names_is_written_anew_as_peft_would(tmp_path: Path,
         "layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 2), "layers.0.mlp.up_proj.lora_B.weight": torch.ones(3, 2),
         "layers.1.mlp.up_proj.lora_A.weight": torch.ones(1, 2), "layers.1.mlp.up_proj.lora_B.weight": torch.ones(3, 1),
     }  # fmt: skip
-    patterns = {
-        "r": 1,
-        "lora_alpha": 4,
-        "rank_pattern": {"layers.0.mlp.up_proj": 2},
-        "alpha_pattern": {r".*\.0\..*": 6},
-    }
+    trained = name.replace("_orig_mod.", "").format("layers.0.mlp.up_proj")
+    patterns = {"r": 1, "lora_alpha": 4, "rank_pattern": {trained: 2}, "alpha_pattern": {f"^{trained}": 6}}
     config = patterns | {"target_modules": ".*up_proj", "layers_to_transform": [0, 1]}
     write_adapter(tmp_path / "lora", config, {name.format(n): tensor for n, tensor in factors.items()})
     uri, model = joined(tmp_path / "lora", tmp_path / "aligned")
