@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fleet.checkpoint.configs import ties_head
@@ -18,7 +19,7 @@ from fleet.checkpoint.headers import (
 )
 from fleet.checkpoint.tables import output_head, token_table
 from fleet.checkpoint.views import ViewFolder
-from fleet.core.errors import CheckpointError
+from fleet.core.errors import CheckpointError, some
 from fleet.core.identity import Json
 from fleet.store import Folder
 
@@ -80,7 +81,8 @@ def read_full_model(folder: Folder) -> FullModel:
     """A full model's headers; of fp8 files, those of their view in float32.
 
     Raises:
-        CheckpointError: damaged files, another quantisation than fp8, or unsupported dtypes.
+        CheckpointError: damaged files, another quantisation than fp8, unsupported dtypes, or an adapter among the
+            weights.
     """
     config = read_json(folder, "config.json")
     quantisation = config.get("quantization_config")
@@ -97,9 +99,18 @@ def read_full_model(folder: Folder) -> FullModel:
         config, found = read_json(folder, "config.json"), read_headers(folder, "model")
     tensors = {n: t for n, t in found.items() if not is_buffer(t)}
     left_out = tuple(name for name in found if name not in tensors and not _SKIPPED.search(name))
+    _check_no_adapter(folder.uri, tensors)
     check_gathered(folder.uri, tensors.values())
     check_dtypes(folder.uri, tensors)
     head = output_head(tensors) if token_table(tensors) and ties_head(config) else None
     if head is not None:
         del tensors[head.name]
     return FullModel(folder, config, tensors, is_quantised, head, left_out)
+
+
+def _check_no_adapter(where: str, names: Iterable[str]) -> None:
+    if factors := [name for name in names if ".lora_A." in name or ".lora_B." in name]:
+        raise CheckpointError(
+            f"{where}: the weights hold a base and a LoRA on it side by side ({some(factors, 2)}); save the adapter "
+            "alone (save_pretrained of the PeftModel), or merge it first (merge_and_unload)"
+        )

@@ -276,3 +276,13 @@ def test_adapter_file_with_an_adapters_own_name_is_read_and_with_two_names_refus
     write_adapter(tmp_path / "two", {}, both)
     with pytest.raises(CheckpointError, match=r"holds 2 adapters \(dpo, sft\); save one .*selected_adapters"):
         read_model(open_folder(str(tmp_path / "two")))
+
+
+def test_model_saved_with_its_adapter_unmerged_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    prefix = "base_model.model.model.layers.0.q"
+    names = [f"{prefix}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")]
+    write_model(tmp_path, {"model_type": "llama"}, {name: torch.ones(2, 2) for name in names})
+    with pytest.raises(
+        CheckpointError, match=r"a base and a LoRA on it side by side .*save_pretrained.*merge_and_unload"
+    ):
+        read_model(open_folder(str(tmp_path)))
