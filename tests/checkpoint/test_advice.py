@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate.utils import merge_fsdp_weights
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from fleet.checkpoint.advice import advice
@@ -74,7 +74,7 @@ def test_folder_of_checkpoints_alone_is_refused_with_the_last(catalogue: Path, t
 def test_fsdps_shards_merged_as_advised_are_the_model(catalogue: Path, tmp_path: Path) -> None:
     shards, out = tmp_path / "pytorch_model_fsdp_0", tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(catalogue / "full")
-    dcp.save({"model": model.state_dict()}, checkpoint_id=shards, no_dist=True)
+    save({"model": model.state_dict()}, checkpoint_id=shards, no_dist=True)
     shutil.copy(catalogue / "full" / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match=r"no safetensors weights.*accelerate merge-weights"):
         read_model(open_folder(str(tmp_path)))
