@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fleet.checkpoint.configs import differences, text_field
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.configs import differences
 from fleet.checkpoint.full_model import FullModel
-from fleet.checkpoint.peft_rules import declared_ranks, why_unservable
-from fleet.core.errors import EvalError
-from fleet.core.identity import Json
+from fleet.core.errors import EvalError, InputError, some
 
 LORA_MODULES = (
     "q_proj",
@@ -34,6 +33,15 @@ crash on the CPU and are wrong on a GPU (vLLM #51594, #16668)."""
 
 DEFAULT_MAX_MODEL_LEN = 4096
 """Longest prompt and completion where neither the manifest nor the model says less, in tokens."""
+
+UNKNOWN_MODEL_LEN = 2048
+"""Taken of a model whose config names no length, as vLLM takes it."""
+
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+"""What models call their longest text in config.json."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM 0.32 takes for max_lora_rank."""
@@ -137,10 +145,48 @@ def engine_env(options: EngineOptions, num_threads: int = 1) -> dict[str, str]:
     return env
 
 
-def engine_length(config: Mapping[str, Any]) -> int:
-    """Tokens of prompt and completion where the user says nothing: the model's own limit, at most the default's."""
-    limit = text_field(config, "max_position_embeddings", "n_positions")
-    return min(limit, DEFAULT_MAX_MODEL_LEN) if isinstance(limit, int) else DEFAULT_MAX_MODEL_LEN
+def model_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model can have before it, by its config; None where that says nothing.
+
+    Of the names that models give it, the smallest value counts, at the top and in `text_config`, as in vLLM 0.32
+    (`derive_max_model_len_and_key`); a rope scaling by a factor stretches it, unless its length says so already.
+    """
+    inner = config.get("text_config")
+    parts = [config, inner] if isinstance(inner, Mapping) else [config]
+    found = [value for part in parts for name in _LENGTHS if type(value := part.get(name)) is int and value > 0]
+    if not found:
+        return None
+    factor = max((_stretch(part) for part in parts), default=1.0)
+    return int(min(found) * factor)
+
+
+def _stretch(config: Mapping[str, Any]) -> float:
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping) or "gemma3" in str(config.get("model_type")):
+        return 1.0
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    return factor if kind in ("linear", "dynamic") and isinstance(factor, int | float) else 1.0
+
+
+def engine_length(config: Mapping[str, Any], asked: int | None, where: str) -> int:
+    """Tokens of prompt and completion together: what the user asks for, else the model's own, at most the default's.
+
+    Args:
+        config: of the model that the engine starts on.
+        asked: `evaluation.max_model_len`.
+        where: whose config it is, for messages.
+
+    Raises:
+        InputError: more is asked for than the model can.
+    """
+    limit = model_length(config)
+    if asked is None:
+        return min(limit or UNKNOWN_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    if limit is not None and asked > limit:
+        raise InputError(
+            f"evaluation.max_model_len is {asked}, but {where} has {limit} positions (config.json); give at most that"
+        )
+    return asked
 
 
 def engine_rank(rank: int) -> int:
@@ -188,33 +234,37 @@ def engine_arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
 
 
 def unservable(
-    adapter_config: Mapping[str, Any],
-    max_rank: int,
-    target_modules: Collection[str] = LORA_MODULES,
+    adapter: Adapter, max_rank: int = MAX_SERVED_RANK, target_modules: Collection[str] | None = None
 ) -> str | None:
-    """Why an engine cannot serve an adapter with this adapter_config.json, or None if it can.
+    """Why an engine can't serve an adapter as a LoRA, or None if it can: what planning and scoring both ask.
 
-    Every reason is listed, in one line. The other way to score such an adapter is to merge it into full weights.
+    Every reason is listed, in one line. It follows from the tensors: what the adapter's config says beside them is
+    written anew for the engine (`evals.served_lora`). The other way to score such an adapter is in full weights.
+
+    Args:
+        adapter: its headers.
+        max_rank: the engine's; 0 if it was built without LoRA.
+        target_modules: the last parts of the names of the modules that can have a LoRA in it; None is any Linear's.
     """
-    reasons = why_unservable(adapter_config)
-    ranks = declared_ranks(adapter_config)
+    reasons: list[str] = []
+    if reason := adapter.why_not_lora():
+        reasons.append(f"it {reason}")
     if not max_rank:
         reasons.append("the engine was built without LoRA (max_lora_rank 0)")
-    elif len(whole := [rank for rank in ranks if isinstance(rank, int) and rank > 0]) < len(ranks):
-        reasons.append(f"its ranks are not all positive whole numbers: {ranks}")
-    elif max(whole) > max_rank:
-        reasons.append(f"its rank {max(whole)} is above the engine's {max_rank}")
-    # A string is a pattern (or "all-linear"): what it reached only shows in the tensors, see `unserved_modules`.
-    targets: Json = adapter_config.get("target_modules")
-    if isinstance(targets, list) and (reason := unserved_modules(map(str, targets), target_modules)):
-        reasons.append(reason)
+    elif adapter.max_rank > max_rank:
+        reasons.append(f"its rank {adapter.max_rank} is above the engine's {max_rank}")
+    if max_rank and (outside := unserved_modules(adapter.modules, target_modules)):
+        reasons.append(f"the engine has no LoRA on {some(outside)}")
     return "; ".join(reasons) or None
 
 
-def unserved_modules(modules: Iterable[str], target_modules: Collection[str]) -> str | None:
-    """Why LoRA on these modules would be lost, or None: vLLM drops what it was not built for without a word."""
-    outside = sorted({module.rsplit(".", 1)[-1] for module in modules} - set(target_modules))
-    return f"the engine has no LoRA on {', '.join(outside)}" if outside else None
+def unserved_modules(modules: Iterable[str], target_modules: Collection[str] | None) -> set[str]:
+    """Modules on which a LoRA would be lost, by the last parts of their names: vLLM drops some without a word. LoRAs
+    of experts by name are left to full weights: a CPU has no kernel for them, and other models stack their experts."""
+    parts = [module.split(".") for module in modules]
+    experts = {".".join(path[-3:]) for path in parts if "experts" in path}
+    plain = {path[-1] for path in parts if "experts" not in path}
+    return experts | (set() if target_modules is None else plain - set(target_modules))
 
 
 def weights_mismatch(resident: FullModel, candidate: FullModel) -> list[str]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
 from evals.batching import EngineThread
@@ -32,9 +33,9 @@ from evals.engine import (
     engine_env,
     lora_id,
     unservable,
-    unserved_modules,
     weights_mismatch,
 )
+from evals.served_lora import write_served_lora
 from evals.session import Session
 from evals.tokenizers import Tokenizer
 from fleet.checkpoint.adapter import Adapter
@@ -83,6 +84,7 @@ class Replica:
         self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
         self._engine = EngineThread(self._llm.llm_engine, 2 * options.max_num_seqs)
         self._tokenizer = _read_tokenizer(model_dir)
+        self._scratch = TemporaryDirectory(prefix="fleet-loras-")
         self._changed = threading.Condition()
         # Guarded by `_changed`:
         self._weights_dir = model_dir
@@ -95,6 +97,7 @@ class Replica:
 
         self._engine.close()
         self._llm.llm_engine.engine_core.shutdown()
+        self._scratch.cleanup()
         del self._llm, self._engine
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -116,8 +119,9 @@ class Replica:
             EvalError: The engine kept cached blocks of the previous weights, or did not take the adapter.
         """
         weights = model.model_dir or self.model_dir
+        adapter = None
         if model.adapter_dir is not None:
-            self._check_adapter(model, model.adapter_dir)
+            adapter = self._check_adapter(model, model.adapter_dir)
         elif weights != self.model_dir:
             self._check_weights(model, weights)
         # An adapter is prompted as the aligned model, so that it and what is made of it meet the same prompts.
@@ -126,7 +130,7 @@ class Replica:
             self._changed.wait_for(lambda: self._has_room(model, weights))
             if weights != self._weights_dir:
                 self._engine.call(lambda: self._swap_weights(weights))
-            lora = None if model.adapter_dir is None else self._take_lora(model, model.adapter_dir)
+            lora = None if adapter is None else self._take_lora(model, adapter)
             self._num_sessions += 1
         try:
             yield Session(self._engine, self.options, model, tokenizer, _stop_token_ids(weights, tokenizer), lora)
@@ -137,25 +141,18 @@ class Replica:
                     self._loras[lora.lora_name].num_sessions -= 1
                 self._changed.notify_all()
 
-    def _check_adapter(self, model: ServedModel, folder: Path) -> None:
+    def _check_adapter(self, model: ServedModel, folder: Path) -> Adapter:
         where = f"candidate {model.name} ({folder})"
-        try:
-            config = json.loads((folder / "adapter_config.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise UnservableError(f"{where}: no readable adapter_config.json: {error}") from error
-        targets = self.options.lora_target_modules
-        reason = unservable(config, self.options.max_lora_rank, targets)
-        if reason is None:
-            adapter = _read(folder, where)
-            if not isinstance(adapter, Adapter):
-                raise UnservableError(f"{where}: holds no adapter")
-            reason = unserved_modules(adapter.modules, targets)
-            try:
-                check_belongs(adapter, self._resident)
-            except CheckpointError as error:
-                raise UnservableError(f"{where}: {error}") from error
-        if reason is not None:
+        adapter = _read(folder, where)
+        if not isinstance(adapter, Adapter):
+            raise UnservableError(f"{where}: holds no adapter")
+        if reason := unservable(adapter, self.options.max_lora_rank, self.options.lora_target_modules):
             raise UnservableError(f"{where}: {reason}; merge it into full weights to score it")
+        try:
+            check_belongs(adapter, self._resident)
+        except CheckpointError as error:
+            raise UnservableError(f"{where}: {error}") from error
+        return adapter
 
     def _check_weights(self, model: ServedModel, folder: Path) -> None:
         where = f"candidate {model.name} ({folder})"
@@ -202,7 +199,7 @@ class Replica:
             return True
         return len(self._loras) < self.options.max_loras or any(not lora.num_sessions for lora in self._loras.values())
 
-    def _take_lora(self, model: ServedModel, folder: Path) -> LoRARequest:
+    def _take_lora(self, model: ServedModel, adapter: Adapter) -> LoRARequest:
         """The adapter in the engine: there already, or loaded now, in the place of one that no session needs."""
         from vllm.lora.request import LoRARequest
 
@@ -211,7 +208,12 @@ class Replica:
                 free = next(name for name, lora in self._loras.items() if not lora.num_sessions)
                 gone = self._loras.pop(free).request
                 self._engine.call(lambda: self._llm.llm_engine.remove_lora(gone.lora_int_id))
-            request = LoRARequest(model.identity, lora_id(model.identity), str(folder))
+            number = lora_id(model.identity)
+            folder = Path(self._scratch.name, str(number))
+            if not folder.exists():
+                assert model.adapter_dir is not None
+                write_served_lora(adapter, model.adapter_dir, folder)
+            request = LoRARequest(model.identity, number, str(folder))
             # Loaded here, not by the first request: an engine does not survive a bad adapter inside generate.
             if not self._engine.call(lambda: self._llm.llm_engine.add_lora(request)):
                 raise EvalError(f"the engine did not take the adapter of candidate {model.name}")

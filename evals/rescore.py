@@ -110,7 +110,9 @@ def _verdicts(judge: Judge | ModelJudge, exchanges: Sequence[Exchange], suite: S
     with tempfile.TemporaryDirectory() as scratch:
         folder = open_folder(judge.model).local(Path(scratch))
         config = json.loads((folder / "config.json").read_bytes())
-        replica = Replica(folder, EngineOptions(max_model_len=engine_length(config), max_lora_rank=0))
+        replica = Replica(
+            folder, EngineOptions(max_model_len=engine_length(config, None, str(folder)), max_lora_rank=0)
+        )
         with closing(replica), replica.serving(ServedModel("judge", judge.model)) as session:
             return ask_model(session, judge, exchanges, suite)
 

@@ -1,5 +1,4 @@
-"""What the `adapter_config.json` of a PEFT LoRA means: whether its tensors say all, whether an engine can serve it, and
-the rank and scale of a module.
+"""What the `adapter_config.json` of a PEFT LoRA means: whether its tensors say all, and the rank and scale of a module.
 
 Follows peft 0.21.2: `tuners/lora/config.py` for the fields, `tuners/lora/layer.py` for what each initialisation does,
 `utils/other.py` (`get_pattern_key`) for how a pattern is matched.
@@ -46,13 +45,6 @@ _UNREADABLE = {
     "velora_config": _Feature("VeLoRA", _NO_CONFIG),
 }
 """Features with which an adapter does something else than its tensors say."""
-
-_UNSERVED = {
-    "use_dora": _Feature("DoRA", _NO_FLAG),
-    "lora_bias": _Feature("a bias on the LoRA factors", _NO_FLAG),
-    "modules_to_save": _Feature("fully trained modules (modules_to_save)", _NO_LIST),
-}
-"""Features that the tensors do say, and that vLLM refuses or, worse, leaves out."""
 
 _BIAS_MODES = (None, "none", "all", "lora_only")
 
@@ -147,26 +139,6 @@ def _why_not_of_its_base(config: Mapping[str, Json]) -> str:
         f"{told} is no initialisation that is known here, so it may have trained against a changed base: set it to "
         f"true in adapter_config.json if it only chose the first values of the factors, or {way_out}"
     )
-
-
-def why_unservable(config: Mapping[str, Json]) -> list[str]:
-    """Every reason in a config for which vLLM can't serve the adapter as a LoRA, as "it uses DoRA"; ranks apart."""
-    reasons: list[str] = []
-    if (kind := config.get("peft_type")) != "LORA":
-        reasons.append(f"its peft_type is {kind}, not LORA")
-    features = (_UNREADABLE | _UNSERVED).items()
-    reasons += [f"it uses {feature.name}" for field, feature in features if config.get(field) not in feature.off]
-    if (bias := config.get("bias")) not in (None, "none"):
-        reasons.append(f"it trains biases (bias={bias!r})")
-    if changes_base(config):
-        reasons.append(f"init_lora_weights={config['init_lora_weights']!r} changes the base weights")
-    return reasons
-
-
-def declared_ranks(config: Mapping[str, Json]) -> list[Json]:
-    """Every rank that a config speaks of, as it stands there: `r`, then those of single modules."""
-    pattern = config.get("rank_pattern")
-    return [config.get("r", 0), *(pattern.values() if isinstance(pattern, dict) else ())]
 
 
 @dataclass

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evals.architectures import architecture_of
+from evals.engine import engine_length
 from evals.judges import AnyJudge, Judge, RuleJudge
 from evals.labelled import read_labelled
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
@@ -109,7 +111,7 @@ def make_plan(manifest: Manifest) -> Plan:
         sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
     _check_base_dtypes({role: sources[uri] for role, uri in base.models.items()})
     sources = _with_heads_alike(base.aligned, _under_aligned_names(base.aligned, sources))
-    sources = _in_one_vocabulary(manifest, sources)
+    sources = _on_engines(manifest, _in_one_vocabulary(manifest, sources))
     unaligned, safety, harmful = (
         sources[uri] if uri is not None else None for uri in (base.unaligned, base.safety, base.harmful)
     )
@@ -122,7 +124,7 @@ def make_plan(manifest: Manifest) -> Plan:
     curvatures = _open_curvatures(manifest)
     sets = {uri: found for uri, (found, _) in texts.items()}
     contents = {found.key: data for found, data in texts.values() if data is not None}
-    judging = _open_judge(manifest.evaluation.judge, contents)
+    judging = _open_judge(manifest.evaluation.judge, not manifest.placement.replica_gpus, contents)
     context = PlanContext(
         manifest=manifest, bases=bases, models=models, suites=suites, texts=sets, masks=masks, curvatures=curvatures,
         judging=judging,
@@ -136,12 +138,13 @@ def make_plan(manifest: Manifest) -> Plan:
     return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, done, warnings)
 
 
-def _open_judge(judge: AnyJudge, contents: dict[str, bytes]) -> Judging:
+def _open_judge(judge: AnyJudge, on_cpu: bool, contents: dict[str, bytes]) -> Judging:
     """The judge's model, opened, and the rows it is calibrated on, added to `contents`."""
     model = None
     if not isinstance(judge, Judge):
         model = _open_source(judge.model)
-        require_full_model(model.model, "evaluation.judge.model")
+        opened = require_full_model(model.model, "evaluation.judge.model")
+        architecture_of(opened.config, f"evaluation.judge.model: {judge.model}", on_cpu)
     if judge.calibration is None:
         return Judging(judge, model)
     folder, _, name = judge.calibration.rpartition("/")
@@ -216,6 +219,19 @@ def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dic
     vocabulary = chosen_vocabulary(kind, aligned, models, named)
     changed = {uri: _open_source(vocabulary.address(own)) for uri, own in full.items() if not is_in(vocabulary, own)}
     return {**sources, **changed}
+
+
+def _on_engines(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources, each with what the engines make of the aligned model.
+
+    Raises:
+        InputError: they can't serve it, or not at the length that is asked for.
+    """
+    aligned = require_full_model(sources[manifest.base.aligned].model, "base.aligned")
+    where = f"base.aligned: {aligned.folder.uri}"
+    architecture = architecture_of(aligned.config, where, on_cpu=not manifest.placement.replica_gpus)
+    engine_length(aligned.config, manifest.evaluation.max_model_len, where)
+    return {uri: replace(source, architecture=architecture) for uri, source in sources.items()}
 
 
 def _check_base_dtypes(models: Mapping[str, Source]) -> None:

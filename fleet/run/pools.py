@@ -114,7 +114,7 @@ def engine_options(plan: Plan) -> EngineOptions:
     evaluation, placement = plan.manifest.evaluation, plan.manifest.placement
     targets = {module.rsplit(".", 1)[-1] for module in plan.lora_modules}
     return EngineOptions(
-        max_model_len=evaluation.max_model_len or engine_length(plan.bases.aligned_model.config),
+        max_model_len=engine_length(plan.bases.aligned_model.config, evaluation.max_model_len, "base.aligned"),
         max_num_seqs=MAX_NUM_SEQS,
         dtype=evaluation.dtype,
         max_lora_rank=plan.max_lora_rank,
@@ -141,7 +141,7 @@ def judge_options(plan: Plan, model: FullModel) -> EngineOptions:
     """How the engines of a judge model are built."""
     evaluation, placement = plan.manifest.evaluation, plan.manifest.placement
     return EngineOptions(
-        max_model_len=engine_length(model.config),
+        max_model_len=engine_length(model.config, None, "evaluation.judge.model"),
         max_num_seqs=MAX_NUM_SEQS,
         dtype=evaluation.dtype,
         max_lora_rank=0,

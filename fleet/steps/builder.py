@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evals.engine import MAX_SERVED_RANK
+from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.full_model import FullModel
 from fleet.core.errors import ManifestError
 from fleet.core.identity import Json, digest
@@ -21,7 +22,7 @@ from fleet.steps.context import PlanContext, literals
 from fleet.steps.fuse import FuseStep, largest_rank
 from fleet.steps.realign import RealignStep
 from fleet.steps.score import ScoreStep
-from fleet.steps.sources import Weights
+from fleet.steps.sources import Source, Weights
 from fleet.steps.survey import SurveyStep
 
 Role = Literal["reference", "finetuned", "realigned", "fused"]
@@ -54,6 +55,7 @@ def build(context: PlanContext) -> tuple[Candidate, ...]:
     manifest, bases = context.manifest, context.bases
     if context.judging.rows is not None:
         CalibrateStep.make(context, context.judging.rows)
+    _warn_of_full_adapters(context)
     surveys = {name: SurveyStep.of_models(context, [name]) for name in context.models}
     realigned, members = _realigned(context)
     fused = [_fused(context, v, members[v.name]) for v in manifest.variants if v.fuse is not None]
@@ -71,6 +73,16 @@ def build(context: PlanContext) -> tuple[Candidate, ...]:
         *realigned,
         *fused,
     )
+
+
+def _warn_of_full_adapters(context: PlanContext) -> None:
+    """One architecture is one cause: said once, for all adapters and what is made of them."""
+    adapters = [name for name, source in context.models.items() if isinstance(source.model, Adapter)]
+    if adapters and (reason := context.bases.aligned.architecture.why_no_lora):
+        context.warn(
+            f"the engine {reason}: {', '.join(adapters)}, and what is made of {'it' if len(adapters) == 1 else 'them'},"
+            " are written and scored as full models"
+        )
 
 
 def _realigned(context: PlanContext) -> tuple[list[Candidate], dict[str, dict[str, Weights]]]:
@@ -146,13 +158,17 @@ def _fuses_to_lora(variant: Variant, members: Mapping[str, Weights]) -> bool:
 
 def _why_no_lora(variant: Variant, members: Mapping[str, Weights]) -> str | None:
     assert variant.fuse is not None
-    if full := [name for name, member in members.items() if not member.as_lora]:
-        return f"{', '.join(full)} is no adapter, or of a rank over {MAX_SERVED_RANK}"
+    if full := [f"{name} {_why_full(member)}" for name, member in members.items() if not member.as_lora]:
+        return ", ".join(full)
     if not variant.fuse.keeps_lora and variant.fuse.max_rank is None:
         return f"{variant.fuse.method} makes no product of LoRA factors"
     if (rank := largest_rank(variant.fuse, members)) > MAX_SERVED_RANK:
         return f"the fused adapter could reach rank {rank}, and vLLM serves at most {MAX_SERVED_RANK}"
     return None
+
+
+def _why_full(weights: Weights) -> str:
+    return weights.why_no_lora if isinstance(weights, Source) else "is realigned into a full model"
 
 
 def _realign_key(manifest: Manifest, variant: Variant) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeAlias
 
-from evals.engine import MAX_SERVED_RANK
+from evals.architectures import UNKNOWN, Architecture
+from evals.engine import unservable
 from evals.judges import AnyJudge
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.curvature import Curvature
@@ -24,11 +25,23 @@ class Source:
     model: Model
     identity: str
     """Digest of the files that decide what the model does."""
+    architecture: Architecture = UNKNOWN
+    """What an engine makes of the run's aligned model, which an adapter is served on."""
 
     @property
     def as_lora(self) -> bool:
         """Whether it can be served, and written again, as a LoRA."""
-        return isinstance(self.model, Adapter) and self.model.is_lora and self.max_rank <= MAX_SERVED_RANK
+        return isinstance(self.model, Adapter) and not self.why_no_lora
+
+    @cached_property
+    def why_no_lora(self) -> str:
+        """Why an adapter isn't served as a LoRA, to be read after its name; empty where it is."""
+        if not isinstance(self.model, Adapter):
+            return "is no adapter"
+        if reason := self.architecture.why_no_lora:
+            return f"can't be served as a LoRA: the engine {reason}"
+        reason = unservable(self.model, target_modules=self.architecture.lora_modules)
+        return f"can't be served as a LoRA: {reason}" if reason else ""
 
     @property
     def is_quantised(self) -> bool:

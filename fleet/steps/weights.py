@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from evals.engine import MAX_SERVED_RANK
+from evals.engine import MAX_SERVED_RANK, unserved_modules
 from fleet.checkpoint.shards import LORA_VALUE_BYTES
 from fleet.core.identity import Json
 from fleet.steps.context import PlanContext
@@ -24,14 +24,16 @@ class WrittenSize(NamedTuple):
 
 
 def written_size(context: PlanContext, tensors: Iterable[str], rank: int, is_lora: bool) -> WrittenSize:
-    """A LoRA where it is one and some engine serves its rank; else a full model, in shards.
+    """A LoRA where it is one and some engine serves its rank and modules; else a full model, in shards.
 
     Args:
         rank: the largest of any module.
         is_lora: whether all that it is made of are LoRAs.
     """
-    aligned = context.bases.aligned_model
-    if is_lora and rank <= MAX_SERVED_RANK:
+    aligned, served = context.bases.aligned_model, context.bases.aligned.architecture.lora_modules
+    tensors = tuple(tensors)
+    modules = [tensor.removesuffix(".weight") for tensor in tensors]
+    if is_lora and rank <= MAX_SERVED_RANK and not unserved_modules(modules, served):
         values = sum(rank * sum(aligned.tensors[tensor].shape) for tensor in tensors)
         return WrittenSize(True, rank, {}, 0, values * LORA_VALUE_BYTES)
     spec: dict[str, Json] = {"shard_bytes": context.manifest.checkpoint.shard_bytes}

@@ -15,71 +15,94 @@ from evals.engine import (
     describe,
     engine_arguments,
     engine_env,
+    engine_length,
     engine_rank,
     lora_id,
+    model_length,
     unservable,
     unserved_modules,
 )
-from fleet.core.errors import EvalError
+from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.model import read_model
+from fleet.core.errors import EvalError, InputError
+from fleet.store import open_folder
+from tests.pico import write_adapter
 
-PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
-    "r": 8,
-    "lora_alpha": 16,
-    "bias": "none",
-    "target_modules": ["q_proj", "v_proj"],
-    "init_lora_weights": True,
-    "modules_to_save": None,
-    "use_dora": False,
-    "use_rslora": True,
-    "rank_pattern": {"layers.0.self_attn.q_proj": 4},
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-}
+Q, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
 
 
-def test_unservable_plain_adapter_is_served() -> None:
-    assert unservable(PLAIN, 8) is None
-    assert unservable(PLAIN | {"target_modules": "all-linear"}, 8) is None
-    assert unservable(PLAIN | {"init_lora_weights": "gaussian"}, 8) is None
+def lora_of(folder: Path, rank: int, *modules: str, **config: Any) -> Adapter:
+    import torch
+
+    tensors = {
+        f"{module}.{factor}.weight": torch.zeros(shape)
+        for module in modules
+        for factor, shape in (("lora_A", (rank, 4)), ("lora_B", (4, rank)))
+    }
+    if config.get("use_dora"):
+        tensors |= {f"{module}.lora_magnitude_vector": torch.ones(4) for module in modules}
+    adapter = read_model(open_folder(str(write_adapter(folder, {"r": rank, **config}, tensors))))
+    assert isinstance(adapter, Adapter)
+    return adapter
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    "config",
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-        ({"bias": "lora_only"}, "biases"),
-        ({"lora_bias": True}, "bias on the LoRA factors"),
-        ({"r": 9}, "rank 9 is above the engine's 8"),
-        ({"rank_pattern": {"v_proj": 32}}, "rank 32"),
-        ({"r": 0}, "not all positive"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
-        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
-        ({"velora_config": {}}, "VeLoRA"),
-        ({"layer_replication": [[0, 2], [0, 2]]}, "layer replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["experts.w"]}, "target_parameters"),
-        ({"alora_invocation_tokens": [3]}, "activated LoRA"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        {},
+        {"target_modules": "all-linear"},
+        {"init_lora_weights": "gaussian"},
+        {"bias": "all"},  # of a model without biases: nothing was trained beside the factors
+        {"r": 64, "rank_pattern": {"q_proj": 8}},
+        {"r": 8.0},
     ],
 )
-def test_unservable_names_the_feature(changes: dict[str, Any], reason: str) -> None:
-    assert reason in (unservable(PLAIN | changes, 8) or "")
+def test_unservable_plain_lora_is_served_whatever_its_config_says_beside_it(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    assert unservable(lora_of(tmp_path, 8, Q, **config), 8, LORA_MODULES) is None
 
 
-def test_unservable_lists_every_reason() -> None:
-    text = unservable(PLAIN | {"use_dora": True, "bias": "all"}, 0) or ""
-    assert "DoRA" in text and "biases" in text and "without LoRA" in text
+def test_unservable_names_every_reason(tmp_path: Path) -> None:
+    head = lora_of(tmp_path / "head", 16, Q, "lm_head")
+    assert "output head" in (unservable(head, 16) or "")
+    assert "rank 16 is above the engine's 8" in (unservable(lora_of(tmp_path / "q", 16, Q), 8) or "")
+    dora = unservable(lora_of(tmp_path / "dora", 4, Q, use_dora=True), 0) or ""
+    assert "DoRA" in dora and "without LoRA" in dora
 
 
-def test_unserved_modules_beyond_the_engine() -> None:
+def test_unserved_modules_are_those_no_engine_has_and_experts() -> None:
     inside = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-    assert unserved_modules(inside, LORA_MODULES) is None
-    assert "lm_head" in (unserved_modules([*inside, "lm_head"], LORA_MODULES) or "")
+    assert unserved_modules(inside, LORA_MODULES) == set()
+    assert unserved_modules([*inside, "model.layers.0.mlp.gate"], LORA_MODULES) == {"gate"}
+    assert unserved_modules([*inside, "model.layers.0.mlp.gate"], None) == set()
+    assert unserved_modules(["model.layers.0.mlp.experts.3.down_proj"], None) == {"experts.3.down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"n_positions": 256}, 256),
+        ({"n_ctx": 512}, 512),
+        ({"max_seq_len": 300}, 300),
+        ({"seq_length": 300, "max_position_embeddings": 200}, 200),
+        ({"text_config": {"max_position_embeddings": 128}}, 128),
+        ({"max_position_embeddings": 100, "rope_scaling": {"type": "linear", "factor": 4.0}}, 400),
+        ({"max_position_embeddings": 100, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 100),
+        ({}, None),
+    ],
+)
+def test_model_length_is_found_under_every_name(config: dict[str, Any], length: int | None) -> None:
+    assert model_length(config) == length
+
+
+def test_engine_length_is_the_models_own_up_to_the_default_and_refuses_more() -> None:
+    assert engine_length({"max_position_embeddings": 131072}, None, "m") == 4096
+    assert engine_length({"max_position_embeddings": 131072}, 8192, "m") == 8192
+    assert engine_length({}, None, "m") == 2048
+    with pytest.raises(InputError, match=r"max_model_len is 512, but m has 256 positions"):
+        engine_length({"n_positions": 256}, 512, "m")
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (65, 128), (512, 512)])

@@ -220,11 +220,9 @@ def test_generate_prompt_without_room_raises_and_engine_lives(serve: Serve, cand
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "biases"),
-        ({"r": 16}, "rank 16 is above the engine's 8"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "no LoRA on lm_head"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"r": 16}, "rank 16"),
         ({"init_lora_weights": "pissa"}, "pissa"),
     ],
 )
@@ -242,6 +240,38 @@ def test_load_unservable_adapter_refused_and_engine_healthy(
     with pytest.raises(UnservableError, match=reason):
         serve(ServedModel("bad", "sha256:bad", adapter_dir=bad))
     assert serve(candidates["adapter"]).generate(PROMPTS, max_tokens=4) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 64, "rank_pattern": {"q_proj": 4, "v_proj": 4}, "lora_alpha": 8},
+        {"r": 4.0},
+        {"bias": "all", "modules_to_save": [], "target_modules": "all-linear"},
+        {"use_rslora": True, "lora_alpha": 4},
+    ],
+)
+def test_adapter_with_an_odd_config_answers_as_the_plain_one(
+    serve: Serve, fleet_dir: Path, candidates: dict[str, ServedModel], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """All of these are the same LoRA of rank 4 and scale 2, as vLLM wouldn't take them."""
+    expected = serve(candidates["other_adapter"]).generate(PROMPTS, max_tokens=8)
+    odd = copy_with_config(fleet_dir / "other_adapter", tmp_path / "odd", **changes)
+    assert serve(ServedModel("odd", f"sha256:{changes}", adapter_dir=odd)).generate(PROMPTS, max_tokens=8) == expected
+    assert serve(candidates["aligned"]).generate(PROMPTS, max_tokens=8) != expected
+
+
+def test_adapter_with_old_names_of_its_tensors_answers_as_the_plain_one(
+    serve: Serve, fleet_dir: Path, candidates: dict[str, ServedModel], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    expected = serve(candidates["other_adapter"]).generate(PROMPTS, max_tokens=8)
+    old = Path(shutil.copytree(fleet_dir / "other_adapter", tmp_path / "old"))
+    tensors = load_file(old / "adapter_model.safetensors")
+    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    save_file(named, old / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert serve(ServedModel("old", "sha256:old", adapter_dir=old)).generate(PROMPTS, max_tokens=8) == expected
 
 
 def test_load_adapter_whose_tensors_reach_further_refused(serve: Serve, fleet_dir: Path, tmp_path: Path) -> None:
