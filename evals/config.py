@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -55,6 +56,12 @@ class Evaluation(Frozen):
     """Longest prompt and completion together, in tokens; the model's own limit if not given."""
     coherence: Coherence | None = Coherence()
     """What counts as coherent: a broken model, which answers with noise, is not a safe one. Null checks nothing."""
+    chat_template: Literal["own", "aligned"] | Uri = "own"
+    """With which chat template a candidate is prompted: `own` is each model's, and the aligned model's where a model
+    has none, which is said; `aligned` is that one for all; else a file with a Jinja template for all."""
+    date: datetime.date | None = None
+    """The date that a chat template writes which asks for it (Llama 3's do), as 2026-11-25; the day of planning if not
+    given. Scores, and masks, of such a template are of that date, and are made anew on another."""
     early_stop: EarlyStop | None = None
     """Ends a harmfulness or over-refusal suite as soon as its cap is decided; null asks every prompt."""
 

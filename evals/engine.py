@@ -95,6 +95,10 @@ class ServedModel:
     identity: str
     model_dir: Path | None = None
     adapter_dir: Path | None = None
+    chat_template: str | None = None
+    """What it is prompted with; None is its tokenizer's own."""
+    date: str | None = None
+    """What the template writes, as 2026-11-25; None leaves the clock to it."""
 
     def __post_init__(self) -> None:
         if self.model_dir is not None and self.adapter_dir is not None:

@@ -51,6 +51,8 @@ class ModelJudge(Protocol):
     """Whether a gate may rest on its verdicts."""
     max_tokens: ClassVar[int]
     """Longest reply, in tokens."""
+    uses_chat_template: ClassVar[bool]
+    """Whether it is asked through its model's own chat template."""
 
     @property
     def model(self) -> str:

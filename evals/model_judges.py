@@ -24,6 +24,8 @@ class ModelJudgeSpec(JudgeSpec):
 
     max_tokens: ClassVar[int]
     """Longest reply, in tokens."""
+    uses_chat_template: ClassVar[bool] = False
+    """Whether it is asked through its model's own chat template."""
 
     model: Uri
     """A folder, `s3://bucket/prefix` or `hf://org/name@commit` with the full model and its tokenizer."""
@@ -56,6 +58,7 @@ class LlamaGuard3(TwoWordJudgeSpec):
     """
 
     max_tokens: ClassVar[int] = 32
+    uses_chat_template: ClassVar[bool] = True
 
     kind: Literal["llama_guard_3"] = "llama_guard_3"
 
@@ -200,6 +203,7 @@ class ShieldGemma(TwoWordJudgeSpec):
     """
 
     max_tokens: ClassVar[int] = 1
+    uses_chat_template: ClassVar[bool] = True
 
     kind: Literal["shield_gemma"] = "shield_gemma"
     policies: tuple[Policy, ...] = Field(

@@ -37,12 +37,14 @@ from evals.engine import (
 )
 from evals.served_lora import write_served_lora
 from evals.session import Session
-from evals.tokenizers import Tokenizer
+from evals.tokenizers import Tokenizer, moved_tokens
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs
+from fleet.checkpoint.chat_templates import prompting
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model, read_model
-from fleet.core.errors import CheckpointError, EvalError, SourceError
+from fleet.checkpoint.tokens import num_token_rows
+from fleet.core.errors import CheckpointError, EvalError, SourceError, some
 from fleet.store.local import LocalFolder
 
 if TYPE_CHECKING:
@@ -124,8 +126,8 @@ class Replica:
             adapter = self._check_adapter(model, model.adapter_dir)
         elif weights != self.model_dir:
             self._check_weights(model, weights)
-        # An adapter is prompted as the aligned model, so that it and what is made of it meet the same prompts.
-        tokenizer = self._tokenizer_of(model, model.model_dir)
+        # An adapter's tokens are the aligned model's.
+        tokenizer = prompting(self._tokenizer_of(model, model.model_dir), model.chat_template, model.date)
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(model, weights))
             if weights != self._weights_dir:
@@ -133,7 +135,8 @@ class Replica:
             lora = None if adapter is None else self._take_lora(model, adapter)
             self._num_sessions += 1
         try:
-            yield Session(self._engine, self.options, model, tokenizer, _stop_token_ids(weights, tokenizer), lora)
+            stops, rows = _stop_token_ids(weights, tokenizer), num_token_rows(self._resident)
+            yield Session(self._engine, self.options, model, tokenizer, stops, lora, rows)
         finally:
             with self._changed:
                 self._num_sessions -= 1
@@ -167,7 +170,7 @@ class Replica:
         """The model's own tokenizer where it brings one (its chat template may differ), else the aligned one's.
 
         Raises:
-            UnservableError: It cannot be read, or has other token ids than the aligned model's.
+            UnservableError: It cannot be read, or numbers a token otherwise than the aligned model's.
         """
         if folder is None or not (folder / "tokenizer_config.json").is_file():
             return self._tokenizer
@@ -175,10 +178,10 @@ class Replica:
             tokenizer = _read_tokenizer(folder)
         except (OSError, ValueError) as error:
             raise UnservableError(f"candidate {model.name}: no readable tokenizer in {folder}: {error}") from error
-        if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+        if moved := moved_tokens(tokenizer.get_vocab(), self._tokenizer.get_vocab()):
             raise UnservableError(
-                f"candidate {model.name}: the tokenizer in {folder} numbers its tokens unlike "
-                f"{self.model_dir}'s; an engine has one vocabulary"
+                f"candidate {model.name}: the tokenizer in {folder} numbers its tokens unlike {self.model_dir}'s "
+                f"({some(moved)}); an engine has one vocabulary"
             )
         return tokenizer
 

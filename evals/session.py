@@ -37,6 +37,7 @@ class Session:
         tokenizer: Tokenizer,
         stop_token_ids: list[int],
         lora: LoRARequest | None,
+        num_rows: int | None = None,
     ) -> None:
         self.options = options
         self.model = model
@@ -44,6 +45,7 @@ class Session:
         self._engine = engine
         self._stop_token_ids = stop_token_ids
         self._lora = lora
+        self._num_rows = num_rows
 
     def chat_prompt(self, messages: str | Sequence[Message]) -> str:
         """The model's chat template around a user's message, or a conversation, up to where it answers.
@@ -149,6 +151,7 @@ class Session:
     def _run(self, token_ids: list[list[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
         if not token_ids:
             return []
+        self._check_rows(token_ids)
         outputs = self._engine.generate(token_ids, params, self._lora)
         for output, ids in zip(outputs, token_ids, strict=True):
             if list(output.prompt_token_ids or ()) != ids:
@@ -156,6 +159,15 @@ class Session:
             if len(output.outputs) != 1 or not output.finished:
                 raise EvalError(f"a prompt of {len(ids)} tokens got {len(output.outputs)} completions")
         return outputs
+
+    def _check_rows(self, token_ids: Sequence[Sequence[int]]) -> None:
+        last = max(max(ids, default=0) for ids in token_ids)
+        if self._num_rows is not None and last >= self._num_rows:
+            token = next((t for t, i in self.tokenizer.get_vocab().items() if i == last), "")
+            raise UnservableError(
+                f"candidate {self.model.name}: a prompt holds the token {token!r} ({last}), but the embedding has "
+                f"{self._num_rows} rows; resize it (resize_token_embeddings), or take the token out of the tokenizer"
+            )
 
 
 def sample_seed(seed: int, token_ids: Sequence[int], repeat: int) -> int:

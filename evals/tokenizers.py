@@ -6,6 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
+def moved_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
+    """The tokens that two vocabularies number differently. One may have tokens that the other lacks: they are new names
+    of rows that pad a table, or have no row, and change no other token."""
+    return sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
+
+
 class SpecialToken(Protocol):
     """A token beside the vocabulary's own; its text is `str` of it."""
 

@@ -115,6 +115,11 @@ class Suite:
         """The file among `contents` that `load_suite` is given."""
         return PACKED_TASK if self.kind == "task" else _PROMPT_YAML
 
+    @property
+    def uses_chat_template(self) -> bool:
+        """Whether a chat template decides what a model is asked: a task has one put around it where there is one."""
+        return self.kind == "task" or self.chat
+
     def contents(self) -> dict[str, bytes]:
         """File name -> bytes: the suite as it travels to other machines, where `load_suite` gives the same digest."""
         if self.kind == "task":

@@ -61,6 +61,32 @@ def token_tables(model: FullModel) -> dict[str, TensorInfo]:
     }
 
 
+def num_token_rows(model: FullModel) -> int | None:
+    """How many tokens have a row in every table of a model; None of a model without such tables."""
+    return min((info.shape[0] for info in token_tables(model).values()), default=None)
+
+
+def same_tokenizer(model: FullModel, aligned: FullModel) -> bool:
+    """Whether two models have the same `tokenizer.json`, and as many rows for its tokens."""
+    folders = (model.folder, aligned.folder)
+    if num_token_rows(model) != num_token_rows(aligned) or any(TOKENIZER not in f.files() for f in folders):
+        return False
+    return model.folder.read(TOKENIZER) == aligned.folder.read(TOKENIZER)
+
+
+def rowless_tokens(model: FullModel) -> list[str]:
+    """The tokens of a model's `tokenizer.json` that have no row in its tables: added by a trainer that didn't resize
+    them. They harm nobody who doesn't write them.
+
+    Raises:
+        CheckpointError: the file is damaged, or no tokenizer's.
+    """
+    rows = num_token_rows(model)
+    if rows is None or TOKENIZER not in model.folder.files():
+        return []
+    return sorted(t for t, i in tokenizer_of(model.folder).get_vocab(with_added_tokens=True).items() if i >= rows)
+
+
 def _num_rows(model: FullModel) -> int:
     sizes = {name: info.shape[0] for name, info in token_tables(model).items()}
     if len(set(sizes.values())) != 1:

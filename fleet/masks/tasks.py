@@ -65,6 +65,8 @@ class LogProbsTask:
     """Of the model: `bfloat16` or `float32`."""
     compute: Compute
     output: Output
+    date: str | None = None
+    """What the aligned model's chat template writes, as 2026-11-25; None if it writes no date."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class MaskTask:
     """Task prompts of each member, in their order; none if the method uses no prompts."""
     compute: Compute
     output: Output
+    date: str | None = None
+    """What the aligned model's chat template writes, as 2026-11-25; None if it writes no date."""
 
     @property
     def state(self) -> str:

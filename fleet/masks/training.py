@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from fleet.algebra import linalg
 from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.chat_templates import prompting
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_file_header
 from fleet.checkpoint.model import touched_tensors
@@ -114,7 +115,7 @@ def log_probs(task: LogProbsTask, group: Group, device: torch.device) -> Trained
     """
     aligned = open_full(task.aligned)
     network = build_network(aligned, _DTYPES[task.dtype], device, group, False)
-    pairs = _pairs(task.preferences.rows(), load_tokenizer(aligned), task.max_tokens)
+    pairs = _pairs(task.preferences.rows(), load_tokenizer(aligned, task.date), task.max_tokens)
     found = torch.zeros(2, len(pairs), device=device)
     with torch.no_grad():
         for mine in _shares(list(range(len(pairs))), group, task.compute.micro_batch or _PASS):
@@ -145,7 +146,7 @@ class _Training:
         self.task, self.group, self.device, self.report = task, group, device, report
         self.spec = task.method.training
         aligned = open_full(task.aligned)
-        tokenizer = load_tokenizer(aligned)
+        tokenizer = load_tokenizer(aligned, task.date)
         rows = task.preferences.rows()
         self.pairs = _pairs(rows, tokenizer, self.spec.max_tokens)
         self.train, self.held_out = split(rows, self.spec.held_out)
@@ -503,8 +504,12 @@ def _floats(values: torch.Tensor) -> list[float]:
     return cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType] - torch has no types for it
 
 
-def load_tokenizer(aligned: FullModel) -> Tokenizer:
+def load_tokenizer(aligned: FullModel, date: str | None = None) -> Tokenizer:
     """The aligned model's tokenizer, without fetching its weights.
+
+    Args:
+        aligned: the aligned model.
+        date: what its chat template writes, as 2026-11-25; None leaves the clock to it.
 
     Raises:
         CheckpointError: its folder has none that transformers can read.
@@ -516,6 +521,6 @@ def load_tokenizer(aligned: FullModel) -> Tokenizer:
             if "/" not in name and not name.endswith(".safetensors"):
                 Path(scratch, name).write_bytes(folder.read(name))
         try:
-            return read(scratch)
+            return prompting(read(scratch), None, date)
         except (OSError, ValueError) as e:
             raise CheckpointError(f"base.aligned: {folder.uri} has no tokenizer to read texts with: {e}") from e

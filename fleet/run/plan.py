@@ -6,7 +6,9 @@ store surfaces here, as an `InputError`.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,12 +16,13 @@ from pathlib import Path
 
 from evals.architectures import architecture_of
 from evals.engine import engine_length
-from evals.judges import AnyJudge, Judge, RuleJudge
+from evals.judges import Judge, RuleJudge
 from evals.labelled import read_labelled
 from evals.suites import BUNDLED_SUITES, Suite, load_suite
 from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs, check_head
+from fleet.checkpoint.chat_templates import ChatTemplate, check_chat_template, read_chat_template
 from fleet.checkpoint.configs import prepare_differences
 from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
@@ -43,6 +46,11 @@ from fleet.steps.record import Record, read_record
 from fleet.steps.sources import Bases, CurvatureSource, Judging, MaskSource, Source
 from fleet.steps.view import RunView
 from fleet.store import Store, open_folder, open_store
+
+_TOKENIZER_FILE = re.compile(
+    r"^(tokenizer\.(json|model)|vocab\.(json|txt)|spiece\.model|sentencepiece\.bpe\.model|tekken\.json)$|\.tiktoken$"
+)
+"""Files that a tokenizer is made of, whatever its kind."""
 
 _READERS = 16
 """Threads that read headers and records; both wait for storage, not for a core."""
@@ -124,10 +132,10 @@ def make_plan(manifest: Manifest) -> Plan:
     curvatures = _open_curvatures(manifest)
     sets = {uri: found for uri, (found, _) in texts.items()}
     contents = {found.key: data for found, data in texts.values() if data is not None}
-    judging = _open_judge(manifest.evaluation.judge, not manifest.placement.replica_gpus, contents)
+    judging = _open_judge(manifest, contents)
     context = PlanContext(
         manifest=manifest, bases=bases, models=models, suites=suites, texts=sets, masks=masks, curvatures=curvatures,
-        judging=judging,
+        judging=judging, date=_date(manifest), chat_template=_open_template(manifest.evaluation.chat_template),
     )  # fmt: skip
     for note in (note for suite in suites.values() for note in suite.notes):
         context.warn(note)
@@ -138,26 +146,56 @@ def make_plan(manifest: Manifest) -> Plan:
     return Plan(manifest, store, bases, suites, candidates, steps, judging, contents, done, warnings)
 
 
-def _open_judge(judge: AnyJudge, on_cpu: bool, contents: dict[str, bytes]) -> Judging:
+def _date(manifest: Manifest) -> str:
+    """What chat templates write that write the date: one for the whole run."""
+    return (manifest.evaluation.date or datetime.date.today()).isoformat()
+
+
+def _open_template(uri: str) -> ChatTemplate | None:
+    """The file that `evaluation.chat_template` names, if it names one.
+
+    Raises:
+        CheckpointError: it holds no Jinja.
+    """
+    if uri in ("own", "aligned"):
+        return None
+    folder, _, name = uri.rpartition("/")
+    where, data = f"evaluation.chat_template: {uri}", open_folder(folder).read(name)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{where}: is not UTF-8 ({e}); save it again") from e
+    check_chat_template(where, text)
+    return ChatTemplate(text, name)
+
+
+def _open_judge(manifest: Manifest, contents: dict[str, bytes]) -> Judging:
     """The judge's model, opened, and the rows it is calibrated on, added to `contents`."""
-    model = None
+    judge, on_cpu = manifest.evaluation.judge, not manifest.placement.replica_gpus
+    model = date = None
     if not isinstance(judge, Judge):
         model = _open_source(judge.model)
         opened = require_full_model(model.model, "evaluation.judge.model")
-        architecture_of(opened.config, f"evaluation.judge.model: {judge.model}", on_cpu)
+        where = f"evaluation.judge.model: {judge.model}"
+        architecture_of(opened.config, where, on_cpu)
+        _require_tokenizer(opened, where)
+        if judge.uses_chat_template and model.chat_template is None:
+            raise CheckpointError(f"{where}: has no chat template, so it is not that of {type(judge).__name__}")
+        if judge.uses_chat_template and model.chat_template is not None and model.chat_template.writes_date:
+            date = _date(manifest)
     if judge.calibration is None:
-        return Judging(judge, model)
+        return Judging(judge, model, date=date)
     folder, _, name = judge.calibration.rpartition("/")
     data = open_folder(folder).read(name)
     read_labelled(data, f"evaluation.judge.calibration: {judge.calibration}")
     rows = f"texts/{hashlib.sha256(data).hexdigest()[:KEY_DIGITS]}.jsonl"
     contents[rows] = data
-    return Judging(judge, model, rows)
+    return Judging(judge, model, rows, date)
 
 
 def _open_source(uri: str) -> Source:
     folder = open_model_folder(uri)
-    return Source(uri, read_model(folder), content_identity(folder))
+    return Source(uri, read_model(folder), content_identity(folder), read_chat_template(folder))
 
 
 def _under_aligned_names(aligned: str, sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -230,8 +268,21 @@ def _on_engines(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, 
     aligned = require_full_model(sources[manifest.base.aligned].model, "base.aligned")
     where = f"base.aligned: {aligned.folder.uri}"
     architecture = architecture_of(aligned.config, where, on_cpu=not manifest.placement.replica_gpus)
+    _require_tokenizer(aligned, where)
     engine_length(aligned.config, manifest.evaluation.max_model_len, where)
     return {uri: replace(source, architecture=architecture) for uri, source in sources.items()}
+
+
+def _require_tokenizer(model: FullModel, where: str) -> None:
+    """
+    Raises:
+        CheckpointError: an engine would find no tokenizer beside the model.
+    """
+    if not any(_TOKENIZER_FILE.search(name) for name in model.folder.files()):
+        raise CheckpointError(
+            f"{where}: no tokenizer is there (tokenizer.json, tokenizer.model, vocab.json …), so nothing can be asked; "
+            "save one beside it: AutoTokenizer.from_pretrained(ORIGIN).save_pretrained(FOLDER)"
+        )
 
 
 def _check_base_dtypes(models: Mapping[str, Source]) -> None:

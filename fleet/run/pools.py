@@ -159,7 +159,8 @@ def _judge_pool(plan: Plan) -> Pool:
     placement, source = plan.manifest.placement, plan.judging.model
     if source is not None:
         options = judge_options(plan, require_full_model(source.model, "evaluation.judge.model"))
-        return _replicas("judge", JudgingWorker, source.uri, options, placement, placement.judges)
+        date = (plan.judging.date,)
+        return _replicas("judge", JudgingWorker, source.uri, options, placement, placement.judges, date)
     slots = placement.candidates_per_replica
     # Next to nothing, so it asks for no CPU, and never waits for one that a replica has.
     actor_class = ray.remote(JudgingWorker).options(
@@ -170,7 +171,13 @@ def _judge_pool(plan: Plan) -> Pool:
 
 
 def _replicas(
-    name: str, worker: type[Any], model: str, options: EngineOptions, placement: Placement, count: int
+    name: str,
+    worker: type[Any],
+    model: str,
+    options: EngineOptions,
+    placement: Placement,
+    count: int,
+    more: tuple[Any, ...] = (),
 ) -> Pool:
     threads = max(int(placement.replica_cpus), 1)
     actor_class = ray.remote(worker).options(
@@ -181,7 +188,7 @@ def _replicas(
         runtime_env={"env_vars": engine_env(options, threads)},
     )
     return Pool(
-        name, actor_class, (_SCRATCH, model, options), count, placement.retries,
+        name, actor_class, (_SCRATCH, model, options, *more), count, placement.retries,
         placement.unit_timeout_seconds, restart_on_error=True, slots=placement.candidates_per_replica,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from fleet.steps.base import Step
 from fleet.steps.calibrate import CalibrateStep
 from fleet.steps.context import PlanContext, literals
 from fleet.steps.fuse import FuseStep, largest_rank
+from fleet.steps.prompting import check_prompting, prompting_like
 from fleet.steps.realign import RealignStep
 from fleet.steps.score import ScoreStep
 from fleet.steps.sources import Source, Weights
@@ -56,19 +57,21 @@ def build(context: PlanContext) -> tuple[Candidate, ...]:
     if context.judging.rows is not None:
         CalibrateStep.make(context, context.judging.rows)
     _warn_of_full_adapters(context)
+    references = {"aligned": bases.aligned}
+    references |= {"unaligned": bases.unaligned} if bases.unaligned is not None else {}
+    named = {name: references[name] for name in manifest.evaluation.references}
+    check_prompting(context, named | {**context.models})
     surveys = {name: SurveyStep.of_models(context, [name]) for name in context.models}
     realigned, members = _realigned(context)
     fused = [_fused(context, v, members[v.name]) for v in manifest.variants if v.fuse is not None]
-    references: dict[str, Weights] = {"aligned": bases.aligned}
-    references |= {"unaligned": bases.unaligned} if bases.unaligned is not None else {}
     return (
         *(
-            _candidate(context, name, "reference", tuple(context.models), references[name], {})
-            for name in manifest.evaluation.references
+            _candidate(context, name, "reference", tuple(context.models), source, source, {})
+            for name, source in named.items()
         ),
         *(
-            _candidate(context, name, "finetuned", (name,), _served(context, name), {}, surveys[name])
-            for name in context.models
+            _candidate(context, name, "finetuned", (name,), _served(context, name), source, {}, surveys[name])
+            for name, source in context.models.items()
         ),
         *realigned,
         *fused,
@@ -99,7 +102,8 @@ def _realigned(context: PlanContext) -> tuple[list[Candidate], dict[str, dict[st
                 name = f"{model.name}.{labels[_realign_key(manifest, variant)]}"
                 if name not in found:
                     parameters: dict[str, Json] = {"realign": literals(variant.realign)}
-                    found[name] = _candidate(context, name, "realigned", (model.name,), weights, parameters)
+                    source = context.models[model.name]
+                    found[name] = _candidate(context, name, "realigned", (model.name,), weights, source, parameters)
             members[variant.name][model.name] = weights
     return [*found.values()], members
 
@@ -111,7 +115,7 @@ def _fused(context: PlanContext, variant: Variant, members: Mapping[str, Weights
         "realign": literals(variant.realign) if variant.realign else None,
         "fuse": literals(variant.fuse),
     }
-    return _candidate(context, variant.name, "fused", tuple(members), step, parameters)
+    return _candidate(context, variant.name, "fused", tuple(members), step, context.bases.aligned, parameters)
 
 
 def _candidate(
@@ -120,13 +124,19 @@ def _candidate(
     role: Role,
     models: tuple[str, ...],
     weights: Weights,
+    like: Source,
     parameters: dict[str, Json],
     after: tuple[Step, ...] = (),
 ) -> Candidate:
+    """
+    Args:
+        like: whose chat template it is prompted with.
+    """
     evaluation = context.manifest.evaluation
     tasks = [suite for m in context.manifest.models if m.name in models for suite in m.suites]
     suites = dict.fromkeys((*evaluation.harmfulness, *evaluation.over_refusal, *tasks))
-    scores = {suite: ScoreStep.make(context, name, weights, context.suites[suite], after) for suite in suites}
+    prompting = prompting_like(context, like)
+    scores = {s: ScoreStep.make(context, name, weights, context.suites[s], prompting, after) for s in suites}
     return Candidate(name=name, role=role, models=models, weights=weights, parameters=parameters, scores=scores)
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 from pydantic import BaseModel
 
 from evals.suites import Suite
+from fleet.checkpoint.chat_templates import ChatTemplate
 from fleet.core.identity import Json
 from fleet.manifest import Manifest
 from fleet.masks.texts import TextSet
@@ -34,6 +35,10 @@ class PlanContext:
     curvatures: Mapping[str, CurvatureSource]
     """Fishers and Gram matrices, by address."""
     judging: Judging
+    date: str
+    """Of the run, for chat templates that write it, as 2026-11-25."""
+    chat_template: ChatTemplate | None = None
+    """The file that `evaluation.chat_template` names."""
     steps: dict[str, Step] = field(default_factory=dict[str, Step])
     """By key, each after what it reads."""
     warnings: dict[str, None] = field(default_factory=dict[str, None])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fleet.core.errors import ManifestError
+from fleet.core.identity import Json
 from fleet.fusion import AnyFusionMethod
 from fleet.fusion.member import Member
 from fleet.manifest import Variant
@@ -41,28 +42,33 @@ class LogProbsStep(Step):
     preferences: TextSet
     max_tokens: int
     dtype: str
+    date: str | None
+    """What the aligned model's chat template writes, if it writes a date."""
 
     @classmethod
     def make(cls, context: PlanContext, method: MaskSpec) -> LogProbsStep:
         """Of the preferences that a method learns from."""
         assert method.preferences is not None
         training, preferences, aligned = method.training, context.texts[method.preferences], context.bases.aligned
+        date = context.date if aligned.chat_template is not None and aligned.chat_template.writes_date else None
+        dated: dict[str, Json] = {} if date is None else {"date": date}
         return context.add(
             cls(
                 name="aligned",
-                spec={"max_tokens": training.max_tokens, "dtype": training.dtype},
+                spec={"max_tokens": training.max_tokens, "dtype": training.dtype, **dated},
                 inputs={"aligned": aligned.identity, "preferences": preferences.identity},
                 read_bytes=aligned.model.num_bytes,
                 preferences=preferences,
                 max_tokens=training.max_tokens,
                 dtype=training.dtype,
+                date=date,
             )
         )
 
     def walk(self, run: RunView, attempt: str, finished: dict[int, Found]) -> Walk:
         task = LogProbsTask(
             run.bases.aligned.uri, run.text_set(self.preferences), self.max_tokens, self.dtype, _compute(run),
-            run.output(self, attempt),
+            run.output(self, attempt), self.date,
         )  # fmt: skip
         return _one_training(task, finished, LogProbsResult)
 
@@ -162,6 +168,7 @@ class MaskStep(Step):
             prompts=tuple(run.text_set(texts) for texts in self.prompts),
             compute=_compute(run),
             output=run.output(self, attempt),
+            date=self.log_probs.date,
         )
         return _one_training(task, finished, MaskResult)
 

@@ -20,6 +20,7 @@ from evals.suites.names import shortened
 from fleet.core.identity import KEY_DIGITS, Json, digest
 from fleet.steps.base import Counted, NextUnit, Step, UnitList, Walk
 from fleet.steps.context import PlanContext, literals
+from fleet.steps.prompting import Prompting
 from fleet.steps.record import Result
 from fleet.steps.sources import Source, Weights
 from fleet.steps.view import RunView
@@ -53,13 +54,21 @@ class ScoreStep(Step):
     """Its name in this run."""
     weights: Weights
     suite: Suite
+    prompting: Prompting
 
     @classmethod
     def make(
-        cls, context: PlanContext, candidate: str, weights: Weights, suite: Suite, after: tuple[Step, ...]
+        cls,
+        context: PlanContext,
+        candidate: str,
+        weights: Weights,
+        suite: Suite,
+        prompting: Prompting,
+        after: tuple[Step, ...],
     ) -> ScoreStep:
         """
         Args:
+            prompting: how the candidate is prompted.
             after: steps that check the weights first.
         """
         evaluation, gates = context.manifest.evaluation, context.manifest.gates
@@ -71,6 +80,8 @@ class ScoreStep(Step):
             spec["coherence"] = literals(evaluation.coherence) if evaluation.coherence else None
             if evaluation.early_stop is not None:
                 spec["early_stop"] = [evaluation.early_stop.block, gates.cap(suite.kind), gates.confidence]
+        if suite.uses_chat_template:
+            spec |= prompting.spec
         inputs = {"aligned": context.bases.aligned.identity}
         scored = candidate
         if isinstance(weights, Source):
@@ -87,6 +98,7 @@ class ScoreStep(Step):
                 candidate=candidate,
                 weights=weights,
                 suite=suite,
+                prompting=prompting,
             )
         )
 
@@ -99,7 +111,11 @@ class ScoreStep(Step):
         return frozenset({"replica", "judge"} if new else {"judge"})
 
     def walk(self, run: RunView, attempt: str, finished: dict[int, Found]) -> Walk:
-        served = Served(self.candidate, self.weights.identity, run.uri(self.weights), self.weights.as_lora)
+        prompting = self.prompting
+        served = Served(
+            self.candidate, self.weights.identity, run.uri(self.weights), self.weights.as_lora, prompting.template,
+            prompting.date,
+        )  # fmt: skip
         if self.suite.kind != "task":
             return SuiteWalk(self, served, run, attempt, finished)
         from fleet.work.scoring import TaskUnit
@@ -137,6 +153,8 @@ class SuiteWalk(Walk):
             "aligned": aligned, "candidate": served.identity, "suite": step.suite.digest, "dtype": evaluation.dtype,
             "max_model_len": evaluation.max_model_len, "version": COMPLETIONS_VERSION,
         }  # fmt: skip
+        if step.suite.uses_chat_template:
+            self._spec |= step.prompting.spec
         ids = sample_ids(read_prompts(step.suite))
         if evaluation.early_stop is None:
             self._blocks = [tuple(range(len(ids)))]

@@ -10,6 +10,7 @@ from evals.architectures import UNKNOWN, Architecture
 from evals.engine import unservable
 from evals.judges import AnyJudge
 from fleet.checkpoint.adapter import Adapter
+from fleet.checkpoint.chat_templates import ChatTemplate
 from fleet.checkpoint.curvature import Curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model, require_full_model, touched_tensors
@@ -25,6 +26,8 @@ class Source:
     model: Model
     identity: str
     """Digest of the files that decide what the model does."""
+    chat_template: ChatTemplate | None = None
+    """The one its folder brings."""
     architecture: Architecture = UNKNOWN
     """What an engine makes of the run's aligned model, which an adapter is served on."""
 
@@ -130,9 +133,13 @@ class Judging:
     """The judge's own model, if it is a model."""
     rows: str | None = None
     """Key in the store of the labelled rows it is calibrated on."""
+    date: str | None = None
+    """What its model's chat template writes, if it writes a date."""
 
     @property
     def settings(self) -> dict[str, Json]:
         """What identifies the judge wherever its model is."""
         settings: dict[str, Json] = self.judge.settings()
-        return settings if self.model is None else settings | {"model": self.model.identity}
+        if self.model is not None:
+            settings |= {"model": self.model.identity}
+        return settings if self.date is None else settings | {"date": self.date}

@@ -95,10 +95,14 @@ class JudgingWorker(Worker):
         scratch: a folder of the node for what is fetched.
         model: URI of a judge model; None if the judge is none.
         options: how its engine is built.
+        date: what the model's chat template writes, if it writes one.
     """
 
-    def __init__(self, scratch: str, model: str | None = None, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, scratch: str, model: str | None = None, options: EngineOptions | None = None, date: str | None = None
+    ) -> None:
         self.scratch = Path(scratch)
+        self._date = date
         self.replica = None
         if model is not None:
             assert options is not None, "a judge model has an engine"
@@ -109,5 +113,5 @@ class JudgingWorker(Worker):
         if isinstance(judge, Judge):
             return judge.judge(exchanges, suite)
         assert self.replica is not None, "a judge model has a replica"
-        with self.replica.serving(resident(self.replica)) as session:
+        with self.replica.serving(resident(self.replica, self._date)) as session:
             return ask_model(session, judge, exchanges, suite)

@@ -117,9 +117,8 @@ class ScoringWorker(Worker):
     def candidate(self, served: Served) -> ServedModel:
         """A candidate with its files on this node."""
         folder = open_model_folder(served.weights).local(self.scratch)
-        if served.as_lora:
-            return ServedModel(served.name, served.identity, adapter_dir=folder)
-        return ServedModel(served.name, served.identity, model_dir=folder)
+        model, adapter = (None, folder) if served.as_lora else (folder, None)
+        return ServedModel(served.name, served.identity, model, adapter, served.chat_template, served.date)
 
     def origin(self, served: Served, suite: Suite) -> Origin:
         """What a log says of where it comes from."""
@@ -148,9 +147,9 @@ def start_replica(scratch: Path, model: str, options: EngineOptions) -> Replica:
     return Replica(open_model_folder(model).local(scratch), options)
 
 
-def resident(replica: Replica) -> ServedModel:
-    """The model that the engine was started on."""
-    return ServedModel("resident", str(replica.model_dir))
+def resident(replica: Replica, date: str | None = None) -> ServedModel:
+    """The model that the engine was started on; its own chat template writes the date."""
+    return ServedModel("resident", str(replica.model_dir), date=date)
 
 
 @lru_cache(maxsize=64)

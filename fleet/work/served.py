@@ -14,6 +14,10 @@ class Served:
     weights: str
     """URI of the full model or adapter."""
     as_lora: bool
+    chat_template: str | None = None
+    """What it is prompted with; None where there is none."""
+    date: str | None = None
+    """What the template writes, as 2026-11-25; None if it writes no date."""
 
     def group(self, aligned: str) -> str:
         """Identity of the weights an engine must hold for it, given the aligned model's."""
