@@ -18,7 +18,7 @@ from evals.architectures import architecture_of
 from evals.engine import engine_length
 from evals.judges import Judge, RuleJudge
 from evals.labelled import read_labelled
-from evals.suites import BUNDLED_SUITES, Suite, load_suite
+from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_requests
 from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs, check_head
@@ -30,7 +30,7 @@ from fleet.checkpoint.heads import with_head_of
 from fleet.checkpoint.joined import joined_address
 from fleet.checkpoint.model import content_identity, read_model, require_full_model
 from fleet.checkpoint.opened import open_model_folder
-from fleet.checkpoint.tokens import renumbered
+from fleet.checkpoint.tokens import TOKENIZER, renumbered, tokenizer_of
 from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in
 from fleet.core.errors import CheckpointError, ManifestError, SuiteError
 from fleet.core.identity import KEY_DIGITS, digest
@@ -127,6 +127,7 @@ def make_plan(manifest: Manifest) -> Plan:
     models = {m.name: sources[m.source] for m in manifest.models}
     _check_sources(bases, models)
     suites = _load_suites(manifest)
+    _check_room(suites.values(), bases.aligned_model, manifest.evaluation.max_model_len)
     texts = _open_texts(manifest)
     masks = _open_masks(manifest)
     curvatures = _open_curvatures(manifest)
@@ -403,6 +404,36 @@ def _load_suites(manifest: Manifest) -> dict[str, Suite]:
         if kind != "task" and isinstance(evaluation.judge, RuleJudge):
             evaluation.judge.judge([], suites[name])  # refuses a suite without rules
     return suites
+
+
+def _check_room(suites: Iterable[Suite], aligned: FullModel, asked: int | None) -> None:
+    """Look whether prompts and completions fit the engine. A chat template's own tokens come on top: what is refused
+    here can't fit under any.
+
+    Raises:
+        SuiteError: they don't.
+    """
+    length = engine_length(aligned.config, asked, "base.aligned")
+    for suite in suites:
+        where, longest = f"suite {suite.name}", suite.max_tokens or 0
+        if longest >= length:
+            raise SuiteError(
+                f"{where}: completions of {longest} tokens leave no room for a prompt in the {length} of the engine; "
+                "lower its max_tokens, or raise evaluation.max_model_len if the model has more positions"
+            )
+        # A token is a byte at least, so only long texts have to be counted.
+        requests = read_requests(suite) if suite.kind != "task" else []
+        long = [(i, text) for i, text in enumerate(requests, start=1) if len(text.encode()) + longest > length]
+        if not long or TOKENIZER not in aligned.folder.files():
+            continue
+        tokenizer = tokenizer_of(aligned.folder)
+        for number, text in long:
+            if (count := len(tokenizer.encode(text, add_special_tokens=False).ids)) + longest > length:
+                raise SuiteError(
+                    f"{where}: prompt {number} has {count} tokens, which with a completion of {longest} exceed the "
+                    f"{length} of the engine; leave it out, lower max_tokens, or raise evaluation.max_model_len if the "
+                    "model has more positions"
+                )
 
 
 def _done(store: Store, steps: Iterable[Step]) -> dict[str, Record]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -199,6 +200,18 @@ def test_chat_prompt_template_with_bos_encodes_one_bos(serve: Serve, candidates:
     assert bos not in session.encode("hi", templated=True)
 
 
+def test_chat_prompt_writes_the_template_and_the_date_that_the_candidate_is_given(
+    serve: Serve, candidates: dict[str, ServedModel]
+) -> None:
+    dated = '{{ strftime_now("%d %b %Y %H:%M:%S.%f") }} {{ messages[0]["content"] }}'
+    for name in ("adapter", "full"):
+        session = serve(replace(candidates[name], chat_template=dated, date="2026-11-25"))
+        assert {session.chat_prompt("hi") for _ in range(3)} == {"25 Nov 2026 00:00:00.000000 hi"}
+        lm = fleet_lm(session)
+        assert lm.apply_chat_template([{"role": "user", "content": "hi"}]) == session.chat_prompt("hi")
+    assert serve(candidates["adapter"]).chat_prompt("hi") == "<s><|user|>hi<|assistant|>"
+
+
 def test_generate_reports_counts_and_stops(serve: Serve, candidates: dict[str, ServedModel]) -> None:
     session = serve(candidates["aligned"])
     whole = session.generate(["Say hi."], max_tokens=9)[0]
@@ -330,6 +343,23 @@ def test_load_other_vocabulary_refused(serve: Serve, fleet_dir: Path, tmp_path: 
     (bad / "tokenizer.json").write_text(text.replace('"a": 6,', '"a": 7,').replace('"b": 7,', '"b": 6,'))
     with pytest.raises(UnservableError, match="numbers its tokens unlike"):
         serve(ServedModel("bad", "sha256:bad", model_dir=bad))
+
+
+def test_tokens_beyond_the_aligned_models_change_no_answer_and_are_refused_where_a_prompt_holds_one(
+    serve: Serve, fleet_dir: Path, candidates: dict[str, ServedModel], tmp_path: Path
+) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    expected = serve(candidates["full"]).generate(PROMPTS, max_tokens=4)
+    padded = Path(shutil.copytree(fleet_dir / "full", tmp_path / "padded"))
+    tokenizer = Tokenizer.from_file(str(padded / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|pad|>", special=True)])
+    tokenizer.save(str(padded / "tokenizer.json"))
+    session = serve(ServedModel("padded", "sha256:padded", model_dir=padded))
+    assert session.generate(PROMPTS, max_tokens=4) == expected
+    with pytest.raises(UnservableError, match=r"candidate padded: a prompt holds the token '<\|pad\|>'"):
+        session.generate(["hi <|pad|>"], max_tokens=4)
+    assert session.generate(PROMPTS, max_tokens=4) == expected
 
 
 def test_candidate_with_weights_and_adapter_raises(tmp_path: Path) -> None:

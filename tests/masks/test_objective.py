@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from fleet.checkpoint.chat_templates import prompting
 from fleet.core.errors import CheckpointError
 from fleet.masks.batches import IGNORED, Batch, Text, collate, encode
 from fleet.masks.objective import (
@@ -135,6 +136,12 @@ def test_encode_writes_a_users_turn_in_the_chat_template(tokenizer: Any) -> None
     assert tokenizer.decode(text.prompt) == "<s><|user|>Hi?<|assistant|>"
     assert tokenizer.decode(text.reply) == "No.</s>"
     assert text.reply[-1] == EOS
+
+
+def test_encode_writes_the_date_that_the_tokenizer_is_given(tokenizer: Any) -> None:
+    tokenizer.chat_template = '{{ strftime_now("%d %b") }}{{ messages[0]["content"] }}'
+    text = encode(prompting(tokenizer, None, "2026-11-25"), "Hi?", "No.", 64)
+    assert tokenizer.decode(text.prompt).endswith("25 Nov" + "Hi?")
 
 
 def test_encode_without_a_chat_template_is_the_prompt_as_the_tokenizer_begins_texts(tokenizer: Any) -> None:
