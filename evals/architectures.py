@@ -56,7 +56,7 @@ def architecture_of(config: Mapping[str, Json], where: str, on_cpu: bool) -> Arc
         on_cpu: whether the engines run on a CPU.
 
     Raises:
-        InputError: vLLM serves no such architecture.
+        InputError: vLLM serves no such architecture, or on a CPU no attention heads of its width.
     """
     names, tables = _names(config), _registered()
     if not tables or not names:
@@ -72,6 +72,11 @@ def architecture_of(config: Mapping[str, Json], where: str, on_cpu: bool) -> Arc
             f"{where}: vLLM generates no text with {name} (config.json: architectures), so nothing can be scored; it "
             "takes what its registry lists and what transformers implements with an attention that can be exchanged, "
             "such as LlamaForCausalLM, Qwen3ForCausalLM, Gemma3ForCausalLM or MixtralForCausalLM"
+        )
+    if on_cpu and (size := _head_size(config)) is not None and (sizes := _cpu_head_sizes()) and size not in sizes:
+        raise InputError(
+            f"{where}: its attention heads are {size} wide, and on a CPU vLLM computes {', '.join(map(str, sizes))}; "
+            "score it on a GPU (placement.replica_gpus)"
         )
     if on_cpu and not found.why_no_lora and has_experts(config):
         return Architecture(name, "takes no LoRA on a mixture of experts on a CPU, for its kernels need triton")
@@ -93,6 +98,33 @@ def has_experts(config: Mapping[str, Json]) -> bool:
     return any("expert" in key and type(value) is int and value > 1 for key, value in config.items()) or (
         isinstance(inner, dict) and has_experts(inner)
     )
+
+
+def _head_size(config: Mapping[str, Json]) -> int | None:
+    """How wide an attention head is; None where a config doesn't say it of all heads."""
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    if "kv_lora_rank" in config:  # latent attention has widths of its own
+        return None
+    if type(size := config.get("head_dim")) is int:
+        return size
+    width = next((config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config), None)
+    heads = next((config[name] for name in ("num_attention_heads", "n_head", "n_heads") if name in config), None)
+    return width // heads if type(width) is int and type(heads) is int and heads > 0 else None
+
+
+@lru_cache(maxsize=1)
+def _cpu_head_sizes() -> list[int]:
+    """The widths of attention heads that vLLM computes on a CPU; nothing if its source doesn't say."""
+    vllm = _package("vllm")
+    tree = _parsed(vllm / "v1/attention/backends/cpu_attn.py") if vllm else None
+    for node in ast.walk(tree) if tree else ():
+        match node:
+            case ast.FunctionDef(name="get_supported_head_sizes", body=[*_, ast.Return(value=ast.List() as sizes)]):
+                return ast.literal_eval(sizes)
+            case _:
+                pass
+    return []
 
 
 def _names(config: Mapping[str, Json]) -> list[str]:

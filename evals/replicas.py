@@ -135,7 +135,9 @@ class Replica:
             lora = None if adapter is None else self._take_lora(model, adapter)
             self._num_sessions += 1
         try:
-            stops, rows = _stop_token_ids(weights, tokenizer), num_token_rows(self._resident)
+            rows = num_token_rows(self._resident)
+            # A token without a row is never said, and vLLM refuses to wait for one.
+            stops = [i for i in _stop_token_ids(weights, tokenizer) if rows is None or i < rows]
             yield Session(self._engine, self.options, model, tokenizer, stops, lora, rows)
         finally:
             with self._changed:

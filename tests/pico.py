@@ -122,12 +122,16 @@ def make_model(
     return folder
 
 
-def make_gpt2(folder: Path, seed: int) -> Path:
-    """Writes a pico GPT-2, whose modules are Conv1Ds and whose head is tied, into `folder`, and returns `folder`."""
+def make_gpt2(folder: Path, seed: int, heads: int = 4) -> Path:
+    """Writes a pico GPT-2, whose modules are Conv1Ds and whose head is tied, into `folder`, and returns `folder`.
+
+    With one of `heads` an engine on a CPU takes it.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=HIDDEN_SIZE, n_layer=2, n_head=4))
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=HIDDEN_SIZE, n_layer=2, n_head=heads)
+    model = GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from fleet.core.errors import FleetError, InputError, StepFailedError
+from fleet.core.errors import FleetError, InputError, StepFailedError, some
 from fleet.run.plan import Plan
 from fleet.run.progress import RunProgress
 from fleet.run.tasks import Outcome, Pools, Task
@@ -69,7 +69,10 @@ class RunResult:
         roots = [f for f in self.failures.values() if f.cause is None]
         if not roots:
             return
-        lines = [f"{f.step.key}: {type(f.error).__name__}: {f.error}" for f in roots]
+        causes: dict[str, list[str]] = {}  # what an engine refuses, it refuses for every suite
+        for f in roots:
+            causes.setdefault(f"{type(f.error).__name__}: {f.error}", []).append(f.step.key)
+        lines = [f"{some(keys, 3)}: {cause}" for cause, keys in causes.items()]
         skipped = len(self.failures) - len(roots)
         message = "; ".join(lines) + (f" ({skipped} steps that depend on it were not run)" if skipped else "")
         if all(isinstance(f.error, InputError) for f in roots):

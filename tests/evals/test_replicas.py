@@ -355,6 +355,8 @@ def test_tokens_beyond_the_aligned_models_change_no_answer_and_are_refused_where
     tokenizer = Tokenizer.from_file(str(padded / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken("<|pad|>", special=True)])
     tokenizer.save(str(padded / "tokenizer.json"))
+    config = json.loads((padded / "tokenizer_config.json").read_text())
+    (padded / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|pad|>"}))
     session = serve(ServedModel("padded", "sha256:padded", model_dir=padded))
     assert session.generate(PROMPTS, max_tokens=4) == expected
     with pytest.raises(UnservableError, match=r"candidate padded: a prompt holds the token '<\|pad\|>'"):

@@ -92,6 +92,18 @@ def test_unit_that_fails_fails_its_step_and_the_others_finish(catalogue: Path, t
         result.raise_failures()
 
 
+def test_one_cause_of_many_failures_is_told_once(catalogue: Path, tmp_path: Path) -> None:
+    def broken(unit: Unit) -> None:
+        if isinstance(unit, FuseUnit):
+            raise ZeroDivisionError("broken on purpose")
+
+    result = walk(tensor_plan(catalogue, tmp_path), InlinePools(before=broken))
+    with pytest.raises(StepFailedError) as failure:
+        result.raise_failures()
+    assert str(failure.value).count("broken on purpose") == 1
+    assert all(f"fuse/{name}/" in str(failure.value) for name in ("plain", "merged", "loras"))
+
+
 def test_model_with_nan_fails_alone_in_the_joint_pass(catalogue: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(catalogue / "rslora", tmp_path / "bad"))
     tensors = load_file(bad / "adapter_model.safetensors")

@@ -53,7 +53,7 @@ def gpt2(root: Path) -> Path:
     """Base models, a fine-tune and an adapter of a pico GPT-2, beside suites."""
     for name, seed in (("unaligned", 0), ("aligned", 1), ("full", 2)):
         shutil.rmtree(root / name)
-        make_tokenizer(make_gpt2(root / name, seed))
+        make_tokenizer(make_gpt2(root / name, seed, heads=1))
     shutil.rmtree(root / "lora")
     make_adapter(root / "lora", root / "aligned", 3, targets=("c_attn",), fan_in_fan_out=True)
     return root
@@ -77,6 +77,14 @@ def test_plan_of_a_mixture_of_experts_takes_lora_on_a_gpu_alone(root: Path, tmp_
     assert any("mixture of experts on a CPU" in warning for warning in on_cpu.warnings)
     assert [c.name for c in on_cpu.candidates if c.weights.as_lora] == []
     assert [c.name for c in on_gpu.candidates if c.weights.as_lora] == ["lora", "rslora"]
+
+
+def test_plan_of_attention_heads_that_a_cpu_engine_does_not_compute_is_refused(root: Path, tmp_path: Path) -> None:
+    for name in ("unaligned", "aligned", "full"):
+        change(root / name / "config.json", head_dim=48)
+    with pytest.raises(InputError, match=r"heads are 48 wide, and on a CPU vLLM computes 32, 64, .*replica_gpus"):
+        plan_of(root, tmp_path)
+    plan_of(root, tmp_path, placement={"replica_gpus": 1})
 
 
 def test_plan_of_an_architecture_that_vllm_lacks_is_refused_by_its_name(root: Path, tmp_path: Path) -> None:
