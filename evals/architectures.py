@@ -209,7 +209,7 @@ def _inspect(name: str, module: str, class_name: str) -> Architecture:
     lineage = [*_lineage(start, class_name)]
     if not any("SupportsLoRA" in map(_base_name, node.bases) for node in lineage):
         return Architecture(name, f"takes no LoRA on {name}")
-    packed = next((mapping for node in lineage if (mapping := _packed(node)) is not None), {})
+    packed = next((mapping for node in lineage if (mapping := _packed(node)) is not None), dict[str, list[str]]())
     names = {part for layer in _linears(start) for part in packed.get(layer, [layer])}
     return Architecture(name, lora_modules=frozenset(names) or None)
 

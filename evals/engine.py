@@ -18,6 +18,7 @@ from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.configs import differences
 from fleet.checkpoint.full_model import FullModel
 from fleet.core.errors import EvalError, InputError, some
+from fleet.core.identity import Json
 
 LORA_MODULES = (
     "q_proj",
@@ -149,30 +150,31 @@ def engine_env(options: EngineOptions, num_threads: int = 1) -> dict[str, str]:
     return env
 
 
-def model_length(config: Mapping[str, Any]) -> int | None:
+def model_length(config: Mapping[str, Json]) -> int | None:
     """Tokens that a model can have before it, by its config; None where that says nothing.
 
     Of the names that models give it, the smallest value counts, at the top and in `text_config`, as in vLLM 0.32
     (`derive_max_model_len_and_key`); a rope scaling by a factor stretches it, unless its length says so already.
     """
     inner = config.get("text_config")
-    parts = [config, inner] if isinstance(inner, Mapping) else [config]
-    found = [value for part in parts for name in _LENGTHS if type(value := part.get(name)) is int and value > 0]
+    parts = [config, inner] if isinstance(inner, dict) else [config]
+    named = [part.get(name) for part in parts for name in _LENGTHS]
+    found = [value for value in named if isinstance(value, int) and value > 0]
     if not found:
         return None
     factor = max((_stretch(part) for part in parts), default=1.0)
     return int(min(found) * factor)
 
 
-def _stretch(config: Mapping[str, Any]) -> float:
+def _stretch(config: Mapping[str, Json]) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
-    if not isinstance(rope, Mapping) or "gemma3" in str(config.get("model_type")):
+    if not isinstance(rope, dict) or "gemma3" in str(config.get("model_type")):
         return 1.0
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
     return factor if kind in ("linear", "dynamic") and isinstance(factor, int | float) else 1.0
 
 
-def engine_length(config: Mapping[str, Any], asked: int | None, where: str) -> int:
+def engine_length(config: Mapping[str, Json], asked: int | None, where: str) -> int:
     """Tokens of prompt and completion together: what the user asks for, else the model's own, at most the default's.
 
     Args:
