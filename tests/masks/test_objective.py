@@ -140,8 +140,8 @@ def test_encode_writes_a_users_turn_in_the_chat_template(tokenizer: Any) -> None
 
 def test_encode_writes_the_date_that_the_tokenizer_is_given(tokenizer: Any) -> None:
     tokenizer.chat_template = '{{ strftime_now("%d %b") }}{{ messages[0]["content"] }}'
-    text = encode(prompting(tokenizer, None, "2026-11-25"), "Hi?", "No.", 64)
-    assert tokenizer.decode(text.prompt).endswith("25 Nov" + "Hi?")
+    text = encode(prompting(tokenizer, None, "2031-02-03"), "Hi?", "No.", 64)
+    assert tokenizer.decode(text.prompt).endswith("03 FebHi?")
 
 
 def test_encode_without_a_chat_template_is_the_prompt_as_the_tokenizer_begins_texts(tokenizer: Any) -> None:
