@@ -82,7 +82,7 @@ def _checked(folder: Folder, name: str, text: str) -> ChatTemplate | None:
     if not text.strip():
         return None
     check_chat_template(f"{folder.uri}/{name}", text)
-    return ChatTemplate(text, name)
+    return ChatTemplate(text.removesuffix("\n"), name)  # as Jinja does, which so makes no other template of it
 
 
 def check_chat_template(where: str, text: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.base_name import why_other_base
-from fleet.checkpoint.chat_template import read_chat_template
 from fleet.steps.context import PlanContext
 from fleet.steps.fuse import FuseStep
 from fleet.steps.sources import Source
@@ -46,10 +45,11 @@ def _warn_of_other_bases(context: PlanContext) -> None:
 
 def _warn_of_templates(context: PlanContext) -> None:
     """Fusions whose members have other chat templates than what is written, which is the aligned model's."""
-    template = read_chat_template(context.bases.aligned_model.folder)
+    template = context.bases.aligned.chat_template
     members = {n for step in context.steps.values() if isinstance(step, FuseStep) for n in step.members}
-    own = {name: read_chat_template(source.model.folder) for name, source in context.models.items() if name in members}
-    if other := [name for name, found in own.items() if found is not None and found != template]:
+    own = {name: source.chat_template for name, source in context.models.items() if name in members}
+    text = template.text if template is not None else None
+    if other := [name for name, found in own.items() if found is not None and found.text != text]:
         has = "the aligned model's chat template" if template is not None else "no chat template, as the aligned model,"
         context.warn(
             f"models: {', '.join(other)}: their chat template is another than the aligned model's; what is fused of "

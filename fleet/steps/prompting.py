@@ -134,8 +134,7 @@ def _warn_of_others(context: PlanContext, scored: Mapping[str, Source]) -> None:
     if brought:
         context.warn(
             f"{some(brought)}: the adapter brings a chat template that is not the aligned model's; it is scored with "
-            "its own, as are its realigned models, but fused models with the aligned one's; evaluation.chat_template: "
-            '"aligned" takes that for all'
+            'its own, as are its realigned models; evaluation.chat_template: "aligned" takes that for all'
         )
 
 

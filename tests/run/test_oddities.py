@@ -71,5 +71,6 @@ def test_adapter_beside_a_template_of_its_own_is_a_member_too(catalogue: Path, t
     (folder / "chat_template.jinja").write_text(same.read_text() + "\n")
     assert warnings(catalogue, tmp_path, models=models, variants=fused) == ()
     (folder / "chat_template.jinja").write_text("another")
-    (warning,) = warnings(catalogue, tmp_path, models=models, variants=fused)
+    scored, warning = warnings(catalogue, tmp_path, models=models, variants=fused)
+    assert scored.startswith("lora: the adapter brings a chat template")
     assert warning.startswith("models: lora: their chat template")

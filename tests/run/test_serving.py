@@ -44,6 +44,10 @@ def keys(plan: Plan) -> dict[str, str]:
     return {name: step.key for name, step in scores(plan).items()}
 
 
+def said(plan: Plan, words: str) -> list[str]:
+    return [warning for warning in plan.warnings if words in warning]
+
+
 def only(root: Path, *names: str) -> list[dict[str, Any]]:
     return [{"name": name, "source": str(root / name)} for name in names]
 
@@ -63,8 +67,7 @@ def test_plan_of_gpt2_writes_adapters_in_full_says_so_once_and_has_its_length(gp
     base = {"unaligned": str(gpt2 / "unaligned"), "aligned": str(gpt2 / "aligned")}
     plan = plan_of(gpt2, tmp_path, base=base, models=only(gpt2, "lora", "full"), variants=KEEP + AVERAGE)
     assert not any(candidate.weights.as_lora for candidate in plan.candidates)
-    (warning,) = plan.warnings
-    assert "takes no LoRA on GPT2LMHeadModel: lora, and what is made of it," in warning
+    assert len(said(plan, "takes no LoRA on GPT2LMHeadModel: lora, and what is made of it,")) == 1
     assert (engine_options(plan).max_lora_rank, engine_options(plan).max_model_len) == (0, 64)
 
 
@@ -137,8 +140,7 @@ def test_plan_reference_without_a_chat_template_is_prompted_with_the_aligned_mod
     fields = evaluation(root, references=["unaligned", "aligned"])
     without_template(root / "unaligned")
     plan = plan_of(root, tmp_path, evaluation=fields)
-    (warning,) = plan.warnings
-    assert warning.startswith("unaligned: without a chat template, so prompted with the aligned model's")
+    assert len(said(plan, "unaligned: without a chat template, so prompted with the aligned model's")) == 1
     assert scores(plan)["unaligned.harm"].prompting.template == (root / "aligned" / "chat_template.jinja").read_text()
     told = {name for name, step in scores(plan).items() if "chat_template" in step.spec}
     assert told == {"unaligned.harm", "unaligned.task"}
@@ -178,26 +180,25 @@ def test_plan_adapter_with_a_chat_template_is_scored_with_it_and_says_so(root: P
     assert keys(plan_of(root, tmp_path)) == before  # PEFT's trainers leave the base's own there
     (root / "lora" / "chat_template.jinja").write_text(PLAIN)
     plan = plan_of(root, tmp_path)
-    (warning,) = plan.warnings
-    assert warning.startswith("lora: the adapter brings a chat template")
+    assert len(said(plan, "lora: the adapter brings a chat template")) == 1
     assert (
         {name for name, step in scores(plan).items() if step.prompting.template == PLAIN}
         == {name for name, key in keys(plan).items() if key != before[name]}
         == {f"{name}.{suite}" for name in ("lora", "lora.safemerge") for suite in ("harm", "task")}
     )
     aligned = plan_of(root, tmp_path, evaluation=evaluation(root, chat_template="aligned"))
-    assert (aligned.warnings, keys(aligned)) == ((), before)
+    assert (said(aligned, "adapter brings"), keys(aligned)) == ([], before)
 
 
 def test_plan_template_that_writes_the_date_has_one_in_the_identity_and_says_so(root: Path, tmp_path: Path) -> None:
     (root / "full" / "chat_template.jinja").write_text(DATED)
     plan = plan_of(root, tmp_path)
     today = datetime.date.today().isoformat()
-    (warning,) = plan.warnings
-    assert warning.startswith("full: the chat template writes the date") and f'evaluation.date to "{today}"' in warning
+    (warning,) = said(plan, "full: the chat template writes the date")
+    assert f'evaluation.date to "{today}"' in warning
     fixed = plan_of(root, tmp_path, evaluation=evaluation(root, date="2026-11-25"))
     other = plan_of(root, tmp_path, evaluation=evaluation(root, date="2026-11-26"))
-    assert fixed.warnings == ()
+    assert said(fixed, "date") == []
     assert scores(fixed)["full.harm"].prompting.date == "2026-11-25"
     assert scores(fixed)["aligned.harm"].prompting.date is None
     changed = {name for name, key in keys(fixed).items() if key != keys(other)[name]}
