@@ -1,9 +1,14 @@
 """One vLLM engine that serves many models. Only this module and `evals.session` import vllm.
 
-A replica starts on the aligned model and keeps its engine for good. Adapters are added to it and served together, mixed
-in its batches; full weights of the same architecture are swapped in place. Everything that can be checked is checked
-first, from headers, and raises `UnservableError` with the engine untouched. An engine that raised anything else is not
-to be trusted again: exceptions of vLLM pass through as they are, and the process that owns the replica must end.
+A replica starts on the aligned model. Adapters are added to its engine and served together, mixed in its batches; full
+weights of the same architecture are swapped in place. Everything that can be checked is checked first, from headers,
+and raises `UnservableError` with the engine untouched. An engine that raised anything else is not to be trusted again:
+exceptions of vLLM pass through as they are, and the process that owns the replica must end.
+
+Before anything is asked of weights or of an adapter, the engine shows that it computes them: what it says of a few
+fixed tokens is held against transformers' and PEFT's word on the same files (`evals.agreement`). Not every swap holds:
+vLLM 0.32 packs the experts of a mixture for a CPU only when they are loaded first. Where one doesn't, the engine starts
+anew from the model's folder, and has to show it again.
 """
 
 # ruff: noqa: PLC0415 - vllm and torch read the environment, which __init__ sets, when first imported
@@ -12,16 +17,18 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, cast
 
+from evals.agreement import Answer, Reference, disagreement
 from evals.batching import EngineThread
 from evals.engine import (
     EngineOptions,
@@ -51,6 +58,14 @@ if TYPE_CHECKING:
     import torch
     from vllm.lora.request import LoRARequest
 
+logger = logging.getLogger(__name__)
+
+_SHOWN_TEXT = "The quick brown fox jumps over the lazy dog. How does one make a cup of tea? Boil 1 litre of water,"
+_NUM_SHOWN = 32
+"""Tokens of that text that an engine is asked for: in a mixture of experts enough that most experts see some."""
+_NUM_DECODED = 8
+"""Tokens that it goes on with: decoding has kernels, and on a GPU graphs, of its own."""
+
 
 class Replica:
     """One engine on one aligned model, which serves models: any number of them at once on the same weights."""
@@ -69,7 +84,6 @@ class Replica:
         self._resident = _read_full_model(model_dir, "the aligned model")
 
         import torch
-        import vllm
         from vllm.platforms import current_platform
 
         self._on_cpu = current_platform.is_cpu()
@@ -83,14 +97,26 @@ class Replica:
             # vLLM would compile the function that counts a token's rank: five seconds at the first likelihoods, while
             # nothing is generated.
             torch.compiler.set_stance("force_eager")
-        self._llm = vllm.LLM(str(model_dir), **engine_arguments(options, self._on_cpu))
-        self._engine = EngineThread(self._llm.llm_engine, 2 * options.max_num_seqs)
         self._tokenizer = _read_tokenizer(model_dir)
         self._scratch = TemporaryDirectory(prefix="fleet-loras-")
+        num_shown = max(1, min(_NUM_SHOWN, options.max_model_len - _NUM_DECODED))
+        self._shown = self._tokenizer.encode(_SHOWN_TEXT, add_special_tokens=True)[:num_shown]
+        self._references: dict[tuple[Path, Path | None, tuple[int, ...]], Reference] = {}
         self._changed = threading.Condition()
         # Guarded by `_changed`:
-        self._weights_dir = model_dir
         self._num_sessions = 0
+        self._swaps_hold = True
+        self._start(model_dir)
+
+    def _start(self, folder: Path) -> None:
+        """An engine on the full model in a folder."""
+        import vllm
+
+        self._llm = vllm.LLM(str(folder), **engine_arguments(self.options, self._on_cpu))
+        self._engine = EngineThread(self._llm.llm_engine, 2 * self.options.max_num_seqs)
+        self._started_on = _read_full_model(folder, "the engine's model")
+        self._weights_dir = folder
+        self._answer: Answer | None = None  # of the present weights; none before they are shown
         self._loras: dict[str, _ServedLora] = {}
 
     def close(self) -> None:
@@ -118,7 +144,8 @@ class Replica:
 
         Raises:
             UnservableError: It does not fit the engine, which is as it was.
-            EvalError: The engine kept cached blocks of the previous weights, or did not take the adapter.
+            EvalError: Even an engine started on it doesn't compute what its files say; or the engine kept cached blocks
+                of the previous weights, or did not take the adapter.
         """
         weights = model.model_dir or self.model_dir
         adapter = None
@@ -130,20 +157,23 @@ class Replica:
         tokenizer = prompting(self._tokenizer_of(model, model.model_dir), model.chat_template, model.date)
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(model, weights))
-            if weights != self._weights_dir:
-                self._engine.call(lambda: self._swap_weights(weights))
+            if weights != self._weights_dir or self._answer is None:
+                self._hold(model, weights)
             lora = None if adapter is None else self._take_lora(model, adapter)
             self._num_sessions += 1
         try:
+            if lora is not None:
+                self._show_lora(model, lora)
             rows = num_token_rows(self._resident)
             # A token without a row is never said, and vLLM refuses to wait for one.
             stops = [i for i in _stop_token_ids(weights, tokenizer) if rows is None or i < rows]
-            yield Session(self._engine, self.options, model, tokenizer, stops, lora, rows)
+            request = None if lora is None else lora.request
+            yield Session(self._engine, self.options, model, tokenizer, stops, request, rows)
         finally:
             with self._changed:
                 self._num_sessions -= 1
                 if lora is not None:
-                    self._loras[lora.lora_name].num_sessions -= 1
+                    lora.num_sessions -= 1
                 self._changed.notify_all()
 
     def _check_adapter(self, model: ServedModel, folder: Path) -> Adapter:
@@ -187,6 +217,113 @@ class Replica:
             )
         return tokenizer
 
+    def _hold(self, model: ServedModel, folder: Path) -> None:
+        """Have the engine hold a full model's weights, and show that it computes them.
+
+        Raises:
+            EvalError: Even an engine started on the folder computes something else.
+        """
+        if self._answer is None:
+            self._answer = self._show_start()
+        if folder == self._weights_dir:
+            return
+        if self._can_swap(folder):
+            before, self._answer = self._answer, None
+            self._engine.call(lambda: self._swap_weights(folder))
+            answer = self._ask(folder)
+            if (wrong := disagreement(answer, before)) is None:
+                self._answer = answer
+                return
+            self._swaps_hold = False
+            logger.warning(
+                "%s: its weights were swapped into the running engine, but %s; the engine starts anew for it, and for "
+                "every other change of full weights",
+                model.name,
+                wrong,
+            )
+        self.close()
+        self._start(folder)
+        self._answer = self._show_start()
+
+    def _show_start(self) -> Answer | None:
+        """Have an engine that has just been started show that it computes its model. A quantised one (a judge's) is
+        taken at its word: transformers computes it only on a GPU."""
+        if self._started_on.is_quantised:
+            return None
+        answer = self._ask(self._weights_dir)
+        if (wrong := disagreement(answer, None)) is not None:
+            raise EvalError(
+                f"{self._weights_dir}: an engine started on this model doesn't compute what its files say: {wrong}"
+            )
+        return answer
+
+    def _can_swap(self, folder: Path) -> bool:
+        """Whether a swap is worth a try: into an engine that was built for the same tensors, if swaps held so far."""
+        names = _read_full_model(folder, str(folder)).tensors.keys()
+        return self._swaps_hold and self._answer is not None and names == self._started_on.tensors.keys()
+
+    def _show_lora(self, model: ServedModel, lora: _ServedLora) -> None:
+        """Have the engine show that it computes an adapter, and without it still the aligned model.
+
+        Raises:
+            UnservableError: It doesn't compute the adapter, or nothing can say what the adapter computes.
+            EvalError: It doesn't compute the aligned model any more.
+        """
+        with lora.turn:
+            if lora.is_shown:
+                return
+            where = f"candidate {model.name} ({model.adapter_dir})"
+            try:
+                answer = self._ask(self.model_dir, model.adapter_dir, lora.request)
+            except EvalError as error:
+                raise UnservableError(f"{where}: {error}; merge it into full weights to score it") from error
+            if (wrong := disagreement(answer, self._answer)) is not None:
+                raise UnservableError(
+                    f"{where}: the engine doesn't compute this adapter: {wrong}; merge it into full weights to score it"
+                )
+            if (wrong := disagreement(self._ask(self.model_dir), None)) is not None:
+                raise EvalError(f"{where}: with it in the engine, the aligned model isn't computed any more: {wrong}")
+            lora.is_shown = True
+
+    def _ask(self, folder: Path, adapter: Path | None = None, lora: LoRARequest | None = None) -> Answer:
+        """What the engine says of the shown tokens, and what it should say.
+
+        Raises:
+            EvalError: transformers can't load the files.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=_NUM_DECODED, temperature=0.0, ignore_eos=True, prompt_logprobs=0, logprobs=0,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        (output,) = self._engine.generate([self._shown], [params], lora)
+        decoded = output.outputs[0]
+        token_ids = (*self._shown, *decoded.token_ids)
+        scores = (*(output.prompt_logprobs or ())[1:], *(decoded.logprobs or ()))
+        logprobs = tuple(score[token].logprob for score, token in zip(scores, token_ids[1:], strict=True))  # type: ignore[index]
+        return Answer(token_ids, len(self._shown), logprobs, self._reference(folder, adapter, token_ids))
+
+    def _reference(self, folder: Path, adapter: Path | None, token_ids: tuple[int, ...]) -> Reference:
+        """Computed once for the same files and tokens: the aligned model comes back again and again."""
+        if (key := (folder, adapter, token_ids)) not in self._references:
+            from evals.reference import reference
+
+            dtype, rounding = _dtype_of(_read_full_model(folder, str(folder))), self._rounding
+            self._references[key] = reference(folder, adapter, token_ids, dtype, rounding)
+        return self._references[key]
+
+    @property
+    def _rounding(self) -> torch.dtype | None:
+        """What the engine's products are rounded to. In float32 a GPU may use TF32, which has float16's ten bits."""
+        import torch
+
+        dtype = self._llm.llm_engine.model_config.dtype
+        if dtype != torch.float32:
+            return cast(torch.dtype, dtype)
+        return None if self._on_cpu else torch.float16
+
     def _swap_weights(self, folder: Path) -> None:
         reload = cast(Callable[..., object], self._llm.collective_rpc)  # pyright: ignore[reportUnknownMemberType]
         reload("reload_weights", kwargs={"weights_path": str(folder)})
@@ -204,7 +341,7 @@ class Replica:
             return True
         return len(self._loras) < self.options.max_loras or any(not lora.num_sessions for lora in self._loras.values())
 
-    def _take_lora(self, model: ServedModel, adapter: Adapter) -> LoRARequest:
+    def _take_lora(self, model: ServedModel, adapter: Adapter) -> _ServedLora:
         """The adapter in the engine: there already, or loaded now, in the place of one that no session needs."""
         from vllm.lora.request import LoRARequest
 
@@ -224,7 +361,7 @@ class Replica:
                 raise EvalError(f"the engine did not take the adapter of candidate {model.name}")
             served = self._loras[model.identity] = _ServedLora(request)
         served.num_sessions += 1
-        return served.request
+        return served
 
 
 @dataclass
@@ -233,6 +370,10 @@ class _ServedLora:
 
     request: LoRARequest
     num_sessions: int = 0
+    is_shown: bool = False
+    """Whether the engine has shown that it computes it."""
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Of the session that has it shown, while others wait."""
 
 
 def _repack_output_layer(model: torch.nn.Module) -> None:
@@ -253,6 +394,14 @@ def _read(folder: Path, where: str) -> Model:
         return read_model(LocalFolder(folder))
     except (CheckpointError, SourceError) as error:
         raise UnservableError(f"{where}: {error}") from error
+
+
+def _dtype_of(model: FullModel) -> torch.dtype:
+    """The one that a model's files have; float32 where they have several."""
+    from fleet.checkpoint.tensors import TORCH_DTYPES
+
+    found = {info.dtype for info in model.tensors.values()}
+    return TORCH_DTYPES[found.pop() if len(found) == 1 else "F32"]
 
 
 def _let_numba_be_loaded() -> None:
