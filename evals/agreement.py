@@ -20,9 +20,10 @@ FLOAT32_TOLERANCE = 1e-3
 """Root mean square in nats. Sums of float32 in another order make a few 1e-6 to 1e-5 at the logits of real models and
 of the tests'; other weights make 1e-2 to several nats, or are caught as a change that was not made."""
 
-ROUNDINGS = 4.0
+ROUNDINGS = 5.0
 """How many times its measured rounding an engine may be off. It rounds in more places than the reference does (inside
-attention, at residual sums), which makes up to twice as much."""
+attention, at residual sums): 1.3 to 2.3 times as much in bfloat16 and float16 on a CPU; the rest is room for the
+kernels of other processors."""
 
 SMALLEST_CHANGE = 1e-4
 """Root mean square in nats: what float32 tells from nothing on every processor, with room to spare."""
