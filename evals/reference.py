@@ -55,9 +55,9 @@ def reference(
 
 def _load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     try:
-        config: Any = cast(Any, AutoConfig).from_pretrained(folder)
+        config: Any = cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False)
         auto: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-        model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, info = auto.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
         if adapter is not None:
             from peft import PeftModel  # noqa: PLC0415 - a second to load, for adapters alone
 

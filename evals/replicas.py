@@ -122,10 +122,13 @@ class Replica:
     def close(self) -> None:
         """Frees the engine and vLLM's process-wide state, so that another can start in this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
         self._engine.close()
         self._llm.llm_engine.engine_core.shutdown()
         self._scratch.cleanup()
+        # What vLLM 0.32 remembers of a swap refers to the layers, which so outlive the engine.
+        LAYERWISE_INFO.clear()
         del self._llm, self._engine
         gc.collect()
         cleanup_dist_env_and_memory()
