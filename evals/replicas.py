@@ -277,7 +277,7 @@ class Replica:
                 return
             where = f"candidate {model.name} ({model.adapter_dir})"
             try:
-                answer = self._ask(self.model_dir, model.adapter_dir, lora.request)
+                answer = self._ask(self.model_dir, Path(lora.request.lora_path), lora.request)
             except EvalError as error:
                 raise UnservableError(f"{where}: {error}; merge it into full weights to score it") from error
             if (wrong := disagreement(answer, self._answer)) is not None:
@@ -304,9 +304,9 @@ class Replica:
         (output,) = self._engine.generate([self._shown], [params], lora)
         decoded = output.outputs[0]
         token_ids = (*self._shown, *decoded.token_ids)
-        scores = (*(output.prompt_logprobs or ())[1:], *(decoded.logprobs or ()))
-        logprobs = tuple(score[token].logprob for score, token in zip(scores, token_ids[1:], strict=True))  # type: ignore[index]
-        return Answer(token_ids, len(self._shown), logprobs, self._reference(folder, adapter, token_ids))
+        scores: list[Any] = [*(output.prompt_logprobs or [])[1:], *(decoded.logprobs or [])]
+        logprobs: list[float] = [score[token].logprob for score, token in zip(scores, token_ids[1:], strict=True)]
+        return Answer(token_ids, len(self._shown), tuple(logprobs), self._reference(folder, adapter, token_ids))
 
     def _reference(self, folder: Path, adapter: Path | None, token_ids: tuple[int, ...]) -> Reference:
         """Computed once for the same files and tokens: the aligned model comes back again and again."""
@@ -324,7 +324,7 @@ class Replica:
 
         dtype = self._llm.llm_engine.model_config.dtype
         if dtype != torch.float32:
-            return cast(torch.dtype, dtype)
+            return dtype
         return None if self._on_cpu else torch.float16
 
     def _swap_weights(self, folder: Path) -> None:

@@ -180,16 +180,19 @@ def replica(folders: Path) -> Iterator[Replica]:
 
 
 @pytest.fixture
-def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """From now on the engine is given this adapter's files, whichever is asked for."""
+def feed(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """From now on the engine loads this adapter's files, whichever it is given."""
 
     def feed(folder: Path) -> None:
-        import vllm.lora.request
+        from vllm.lora.request import LoRARequest
 
-        request: Any = vllm.lora.request.LoRARequest
-        monkeypatch.setattr(
-            vllm.lora.request, "LoRARequest", lambda name, number, _: request(name, number, str(folder))
-        )
+        engine: Any = replica._llm.llm_engine  # pyright: ignore[reportPrivateUsage]
+        load = engine.add_lora
+
+        def add_lora(given: LoRARequest) -> bool:
+            return load(LoRARequest(given.lora_name, given.lora_int_id, str(folder)))
+
+        monkeypatch.setattr(engine, "add_lora", add_lora)
 
     return feed
 
