@@ -120,6 +120,10 @@ class Replica:
         self._loras: dict[str, _ServedLora] = {}
 
     def close(self) -> None:
+        """Ends the replica."""
+        self._stop()
+
+    def _stop(self) -> None:
         """Frees the engine and vLLM's process-wide state, so that another can start in this process."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
         from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
@@ -244,7 +248,7 @@ class Replica:
                 model.name,
                 wrong,
             )
-        self.close()
+        self._stop()
         self._start(folder)
         self._answer = self._show_start()
 
