@@ -28,32 +28,19 @@ _CANT_LOAD = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportErro
 """What transformers and PEFT raise at files that they can't make a model of."""
 
 
-@torch.no_grad()
-def reference(
-    folder: Path, adapter: Path | None, token_ids: Sequence[int], dtype: torch.dtype, rounding: torch.dtype | None
-) -> Reference:
-    """The log-probability of each token after those before it.
+def load_model(folder: Path, adapter: Path | None, dtype: torch.dtype) -> torch.nn.Module:
+    """A model as transformers and PEFT make it of its files.
+
+    Nothing else may compute in the process meanwhile: transformers sets the default dtype of all threads.
 
     Args:
         folder: a full model.
         adapter: a LoRA on it.
-        token_ids: at least two.
         dtype: of the weights in memory; one that holds what the files hold.
-        rounding: the engine's dtype, for `Reference.rounding`; None if it is float32.
 
     Raises:
         EvalError: transformers or PEFT can't make the model of these files.
     """
-    model = _load(folder, adapter, dtype)
-    num_rows = 1 if rounding is None else 2
-    _widen(model, num_rows, rounding)
-    ids = torch.tensor([list(token_ids)] * num_rows)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-    rows = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double()
-    return Reference(tuple(rows[0].tolist()), (rows[-1] - rows[0]).square().mean().sqrt().item())
-
-
-def _load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     try:
         config: Any = cast(Any, AutoConfig).from_pretrained(folder, trust_remote_code=False)
         auto: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -67,6 +54,23 @@ def _load(folder: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     if lacking := sorted(info["missing_keys"]):
         raise EvalError(f"transformers finds no {', '.join(lacking[:3])} in {folder}")
     return model.eval()
+
+
+@torch.no_grad()
+def reference(model: torch.nn.Module, token_ids: Sequence[int], rounding: torch.dtype | None) -> Reference:
+    """The log-probability of each token after those before it.
+
+    Args:
+        model: of `load_model`; used up.
+        token_ids: at least two.
+        rounding: the engine's dtype, for `Reference.rounding`; None if it is float32.
+    """
+    num_rows = 1 if rounding is None else 2
+    _widen(model, num_rows, rounding)
+    ids = torch.tensor([list(token_ids)] * num_rows)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    rows = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double()
+    return Reference(tuple(rows[0].tolist()), (rows[-1] - rows[0]).square().mean().sqrt().item())
 
 
 def _widen(model: torch.nn.Module, num_rows: int, rounding: torch.dtype | None) -> None:

@@ -101,6 +101,7 @@ class Replica:
         self._scratch = TemporaryDirectory(prefix="fleet-loras-")
         num_shown = max(1, min(_NUM_SHOWN, options.max_model_len - _NUM_DECODED))
         self._shown = self._tokenizer.encode(_SHOWN_TEXT, add_special_tokens=True)[:num_shown]
+        self._referring = threading.Lock()
         self._references: dict[tuple[Path, Path | None, tuple[int, ...]], Reference] = {}
         self._changed = threading.Condition()
         # Guarded by `_changed`:
@@ -314,12 +315,15 @@ class Replica:
 
     def _reference(self, folder: Path, adapter: Path | None, token_ids: tuple[int, ...]) -> Reference:
         """Computed once for the same files and tokens: the aligned model comes back again and again."""
-        if (key := (folder, adapter, token_ids)) not in self._references:
-            from evals.reference import reference
+        from evals.reference import load_model, reference
 
-            dtype, rounding = _dtype_of(_read_full_model(folder, str(folder))), self._rounding
-            self._references[key] = reference(folder, adapter, token_ids, dtype, rounding)
-        return self._references[key]
+        key, dtype = (folder, adapter, token_ids), _dtype_of(_read_full_model(folder, str(folder)))
+        with self._referring:
+            if key not in self._references:
+                # Between two steps of the engine, as nothing may compute while transformers loads.
+                model = self._engine.call(lambda: load_model(folder, adapter, dtype))
+                self._references[key] = reference(model, token_ids, self._rounding)
+            return self._references[key]
 
     @property
     def _rounding(self) -> torch.dtype | None:

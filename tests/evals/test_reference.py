@@ -9,7 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evals.reference import reference
+from evals.agreement import Reference
+from evals.reference import load_model, reference
 from fleet.core.errors import EvalError
 from tests import pico
 
@@ -21,6 +22,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico.make_model(tmp_path_factory.mktemp("reference") / "model", seed=0)
 
 
+def computed(
+    folder: Path, adapter: Path | None = None, dtype: torch.dtype = torch.bfloat16, rounding: torch.dtype | None = None
+) -> Reference:
+    return reference(load_model(folder, adapter, dtype), TOKENS, rounding)
+
+
 def plain(model: torch.nn.Module) -> list[float]:
     with torch.no_grad():
         rows = model(input_ids=torch.tensor([TOKENS])).logits[0, :-1].log_softmax(-1)
@@ -28,7 +35,7 @@ def plain(model: torch.nn.Module) -> list[float]:
 
 
 def test_reference_of_bfloat16_files_is_transformers_in_float32(model_dir: Path) -> None:
-    found = reference(model_dir, None, TOKENS, torch.bfloat16, None)
+    found = computed(model_dir)
     assert found.logprobs == pytest.approx(plain(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)))
     assert found.rounding == 0.0
     narrow = plain(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16))
@@ -39,16 +46,16 @@ def test_reference_with_an_adapter_is_peft(model_dir: Path, tmp_path: Path) -> N
     adapter = pico.make_adapter(tmp_path / "adapter", model_dir, seed=1, use_rslora=True)
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     expected = plain(PeftModel.from_pretrained(base, adapter).eval())
-    found = reference(model_dir, adapter, TOKENS, torch.bfloat16, None)
+    found = computed(model_dir, adapter)
     assert found.logprobs == pytest.approx(expected)
-    assert found.logprobs != pytest.approx(reference(model_dir, None, TOKENS, torch.bfloat16, None).logprobs, abs=0.1)
+    assert found.logprobs != pytest.approx(computed(model_dir).logprobs, abs=0.1)
 
 
 def test_reference_rounding_is_what_the_dtype_changes_and_leaves_the_log_probabilities(model_dir: Path) -> None:
     """A mantissa of three bits less rounds eight times as coarsely; of so few tokens one can say: two to thirty-two."""
-    exact = reference(model_dir, None, TOKENS, torch.bfloat16, None)
-    coarse = reference(model_dir, None, TOKENS, torch.bfloat16, torch.bfloat16)
-    fine = reference(model_dir, None, TOKENS, torch.bfloat16, torch.float16)
+    exact = computed(model_dir)
+    coarse = computed(model_dir, rounding=torch.bfloat16)
+    fine = computed(model_dir, rounding=torch.float16)
     assert coarse.logprobs == pytest.approx(exact.logprobs, abs=1e-4)
     assert 2 < coarse.rounding / fine.rounding < 32 and 0 < coarse.rounding < 1
 
@@ -57,7 +64,7 @@ def test_reference_of_a_gpt2_has_its_table_of_positions_untouched_by_rounding(tm
     """Its one row of positions is both rows' own."""
     folder = pico.make_gpt2(tmp_path / "gpt2", seed=0)
     expected = plain(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    found = reference(folder, None, TOKENS, torch.float32, torch.bfloat16)
+    found = computed(folder, None, torch.float32, torch.bfloat16)
     assert found.logprobs == pytest.approx(expected, abs=1e-4) and found.rounding > 0
 
 
@@ -69,14 +76,14 @@ def test_reference_of_a_model_that_lacks_a_tensor_is_refused(model_dir: Path, tm
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EvalError, match=r"finds no model\.layers\.1\.mlp\.up_proj\.weight"):
-        reference(folder, None, TOKENS, torch.bfloat16, None)
+        computed(folder)
 
 
 def test_reference_of_files_that_are_no_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="transformers can't load"):
-        reference(tmp_path, None, TOKENS, torch.bfloat16, None)
+        computed(tmp_path)
     with pytest.raises(EvalError, match=f"transformers can't load {tmp_path}"):
-        reference(model_dir, tmp_path, TOKENS, torch.bfloat16, None)
+        computed(model_dir, tmp_path)
 
 
 def test_reference_of_a_model_that_computes_no_number_has_none(model_dir: Path, tmp_path: Path) -> None:
@@ -85,4 +92,4 @@ def test_reference_of_a_model_that_computes_no_number_has_none(model_dir: Path, 
     tensors = load_file(model_dir / "model.safetensors")
     tensors["model.norm.weight"][:] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert all(math.isnan(p) for p in reference(folder, None, TOKENS, torch.bfloat16, None).logprobs)
+    assert all(math.isnan(p) for p in computed(folder).logprobs)
