@@ -123,6 +123,7 @@ class Replica:
     def close(self) -> None:
         """Ends the replica."""
         self._stop()
+        self._scratch.cleanup()
 
     def _stop(self) -> None:
         """Frees the engine and vLLM's process-wide state, so that another can start in this process."""
@@ -131,7 +132,6 @@ class Replica:
 
         self._engine.close()
         self._llm.llm_engine.engine_core.shutdown()
-        self._scratch.cleanup()
         # What vLLM 0.32 remembers of a swap refers to the layers, which so outlive the engine.
         LAYERWISE_INFO.clear()
         del self._llm, self._engine
