@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs, check_head
 from fleet.checkpoint.chat_templates import ChatTemplate, check_chat_template, read_chat_template
+from fleet.checkpoint.companions import is_vocabulary
 from fleet.checkpoint.configs import prepare_differences
 from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
@@ -46,11 +46,6 @@ from fleet.steps.record import Record, read_record
 from fleet.steps.sources import Bases, CurvatureSource, Judging, MaskSource, Source
 from fleet.steps.view import RunView
 from fleet.store import Store, open_folder, open_store
-
-_TOKENIZER_FILE = re.compile(
-    r"^(tokenizer\.(json|model)|vocab\.(json|txt)|spiece\.model|sentencepiece\.bpe\.model|tekken\.json)$|\.tiktoken$"
-)
-"""Files that a tokenizer is made of, whatever its kind."""
 
 _READERS = 16
 """Threads that read headers and records; both wait for storage, not for a core."""
@@ -279,7 +274,7 @@ def _require_tokenizer(model: FullModel, where: str) -> None:
     Raises:
         CheckpointError: an engine would find no tokenizer beside the model.
     """
-    if not any(_TOKENIZER_FILE.search(name) for name in model.folder.files()):
+    if not any(map(is_vocabulary, model.folder.files())):
         raise CheckpointError(
             f"{where}: no tokenizer is there (tokenizer.json, tokenizer.model, vocab.json …), so nothing can be asked; "
             "save one beside it: AutoTokenizer.from_pretrained(ORIGIN).save_pretrained(FOLDER)"

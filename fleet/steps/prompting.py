@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fleet.checkpoint.chat_templates import ChatTemplate
+from fleet.checkpoint.companions import is_prompting
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_json
-from fleet.checkpoint.model import is_companion
 from fleet.checkpoint.tokens import num_token_rows, rowless_tokens, same_tokenizer
 from fleet.core.errors import CheckpointError, ManifestError, some
 from fleet.core.identity import Json, digest
@@ -114,8 +114,8 @@ def _implied(source: Source, aligned: Source) -> str | None:
     aligned model's for all others."""
     own, model = source.chat_template, source.model
     if not isinstance(model, FullModel) or CONFIG not in model.folder.files():
-        own, model = aligned.chat_template, aligned.model
-    return own.text if own is not None and is_companion(own.file, model) else None
+        own = aligned.chat_template
+    return own.text if own is not None and is_prompting(own.file) else None
 
 
 def _warn_of_others(context: PlanContext, scored: Mapping[str, Source]) -> None:
