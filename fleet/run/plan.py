@@ -247,7 +247,6 @@ def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dic
                 f"checkpoint.vocabulary: {choice.model} is an adapter, which has no vocabulary of its own; "
                 'name a full model, or say "aligned"'
             )
-        named = full[named]
     kind = choice if isinstance(choice, str) else "model"
     models = [full[m.source] for m in manifest.models if m.source in full]
     vocabulary = chosen_vocabulary(kind, aligned, models, named)

@@ -306,6 +306,23 @@ def test_vocabulary_of_a_model_has_its_numbering_and_its_files(fleet: Path, tmp_
     assert_generates(folder, "do<begin>1")
 
 
+@pytest.mark.parametrize("vocabulary", ["aligned", "union", {"model": "tools"}], ids=str)
+def test_vocabulary_of_a_model_read_under_other_names_gives_the_same_bytes(
+    fleet: Path, tmp_path: Path, vocabulary: object
+) -> None:
+    """Its tensors are named as torch.compile leaves them, so it is a view of its files before it is read by tokens."""
+    weights = {"one": 0.25, "tools": 0.75}
+    plain = plan_of(fleet, tmp_path, vocabulary, ["one", "tools"])
+    twin = tmp_path / "twin"
+    shutil.copytree(fleet, twin)
+    tensors = load_file(twin / "tools" / "model.safetensors")
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(compiled, twin / "tools" / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_of(twin, tmp_path, vocabulary, ["one", "tools"])
+    ours, theirs = fused(plan, tmp_path / "a", AVERAGE, weights), fused(plain, tmp_path / "b", AVERAGE, weights)
+    assert contents(ours) == contents(theirs)
+
+
 @pytest.mark.parametrize("vocabulary", ["aligned", "union", {"model": "ends"}], ids=str)
 def test_vocabulary_bytes_are_the_same_at_any_shards_and_runs(
     fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: object
