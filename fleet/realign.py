@@ -112,7 +112,7 @@ def realign(plan: Plan, address: str | None, console: Console) -> None:
         result = RunResult(records=dict(plan.done))
     report = make_report(plan, result, tracker.published)
     page = write_report(plan, report, result.records)
-    print_report(report, console)
+    print_report(report, console, said=plan.warnings)
     if not plan.pending:
         console.print("nothing was computed: every step was done already")
     else:
@@ -168,7 +168,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_warnings(plan: Plan, console: Console) -> None:
-    """What planning found odd: said before any work, and again below the table and in the report."""
+    """What planning found odd: said before any work, and in the report."""
     for warning in plan.warnings:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
 

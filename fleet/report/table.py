@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,10 +27,13 @@ _UNLIMITED = 10_000
 """Characters; wider than any table."""
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: Report, console: Console, said: Collection[str] = ()) -> None:
     """Print the candidates, and the realign methods if there are any.
 
     Each suite has a column where the console is wide enough; else all tasks share one.
+
+    Args:
+        said: warnings that were printed before the work, and aren't again.
     """
     columns = suite_columns(report)
     table = _candidates_table(report, columns, ())
@@ -38,7 +41,7 @@ def print_report(report: Report, console: Console) -> None:
         tasks = [suite for kind, suite in columns if kind == "task"]
         table = _candidates_table(report, [column for column in columns if column[0] != "task"], tasks)
     console.print(table)
-    for warning in (*report.warnings, *_row_warnings(report)):
+    for warning in (*(w for w in report.warnings if w not in said), *_row_warnings(report)):
         console.print(f"warning: {escape(warning)}", soft_wrap=True)
     if len(report.methods) > 1:
         console.print(_methods_table(report))

@@ -49,7 +49,7 @@ class PlanContext:
         return cast(_Kind, self.steps.setdefault(step.key, step))
 
     def warn(self, warning: str) -> None:
-        """Say something a person should see before and after the run: the dry run, the table and the report show it."""
+        """Say something a person should see: it is printed once, by the dry run or before the work, and reported."""
         self.warnings[warning] = None
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def small_plan(catalogue: Path, tmp_path: Path, **evaluation: Any) -> Plan:
     return make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
 
 
-def printed(report: Report) -> str:
+def printed(report: Report, said: Sequence[str] = ()) -> str:
     console = Console(file=io.StringIO(), width=300)
-    print_report(report, console)
+    print_report(report, console, said)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -226,3 +227,13 @@ def test_incoherent_completions_are_counted_over_the_suites_where_anybody_looked
     assert report.row("merged").incoherent is None
     assert "incoherent completions: 60.0 % [15–95] (1 unscored) of 5" in report_html(report)
     assert report_html(report).count("incoherent completions") == 1
+
+
+def test_warning_said_before_the_work_is_not_printed_again_below_the_table() -> None:
+    rows = (row_of("a", "finetuned", {"harmfulness": [1.0]}),)
+    report = Report(
+        run_id="r", name="n", rows=rows, methods=(), computed=0, cached=0, failures={}, seconds=0.0, artifacts="a",
+        best=None, warnings=("said before", "found since"),
+    )  # fmt: skip
+    text = printed(report, said=("said before",))
+    assert ("said before" in text, "warning: found since" in text) == (False, True)
