@@ -1,4 +1,4 @@
-"""Checkpoints of Llama-2-7B's shapes with random weights, and LoRA adapters on them, for measuring speed.
+"""Checkpoints of real models' shapes with random weights, and LoRA adapters on them, for measuring speed.
 
 One block of Gaussian numbers serves every tensor, each from an offset of its own, so that writing is as fast as the
 disk. The aligned model is the base plus noise of `DISPLACEMENT` times its norm, so V has full rank in every module.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,19 +17,49 @@ from fleet.checkpoint.adapter import PEFT_PREFIX
 from fleet.checkpoint.tensors import TensorLayout, write_tensors
 from fleet.store.local import LocalStore
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
-LAYERS = 32
 
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-"""Module within a layer -> (d_out, d_in)."""
+@dataclass(frozen=True)
+class Shapes:
+    """A Llama's sizes."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+    """Whether the embedding is the output head, too."""
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Module within a layer -> (d_out, d_in)."""
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor, in the file's order."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}"
+            shapes |= {f"{prefix}.{module}.weight": shape for module, shape in self.linears.items()}
+            shapes |= {f"{prefix}.{n}.weight": (self.hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+        shapes["model.norm.weight"] = (self.hidden,)
+        return shapes if self.tied else shapes | {"lm_head.weight": (self.vocabulary, self.hidden)}
+
+
+LLAMA_2_7B = Shapes("llama-2-7b", 4096, 11008, 32000, 32, 32, 32, tied=False)
+SMOLLM2_135M = Shapes("smollm2-135m", 576, 1536, 49152, 30, 9, 3, tied=True)
 
 RANK = 16
 WEIGHT_SCALE = 0.02
@@ -42,7 +73,7 @@ _STEP = 7_919_003
 """Offset from one tensor to the next within the block: a prime."""
 
 _SHARD_LAYERS = 8
-"""Layers in a shard: about 3 GB in bf16."""
+"""Layers in a shard: about 3 GB in bf16 of a 7B model."""
 
 
 class Values:
@@ -67,21 +98,11 @@ class Values:
         return whole if scale == 1.0 else whole.mul_(scale)
 
 
-def model_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama-2-7B with this many layers, in the file's order."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.{module}.weight": shape for module, shape in LINEARS.items()}
-        shapes |= {f"{prefix}.{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")}
-    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
-
-
-def write_model(folder: Path, block: str, values: Values, layers: int) -> None:
+def write_model(folder: Path, block: str, values: Values, sizes: Shapes) -> None:
     """A full model: shards, their index and config.json, which is written last and says that the rest is there."""
     store = LocalStore(folder)
-    shapes = model_shapes(layers)
-    count = -(-layers // _SHARD_LAYERS)
+    shapes = sizes.tensors
+    count = -(-sizes.layers // _SHARD_LAYERS)
     files: dict[str, list[str]] = {}
     for name in shapes:
         shard = int(name.split(".")[2]) // _SHARD_LAYERS if ".layers." in name else 0 if "embed" in name else count - 1
@@ -90,7 +111,7 @@ def write_model(folder: Path, block: str, values: Values, layers: int) -> None:
 
     def tensors(names: list[str]) -> Iterator[list[torch.Tensor]]:
         for name in names:
-            yield [torch.ones(HIDDEN) if len(shapes[name]) == 1 else values.of(block, index[name], shapes[name])]
+            yield [torch.ones(sizes.hidden) if len(shapes[name]) == 1 else values.of(block, index[name], shapes[name])]
 
     for file, names in files.items():
         write_tensors(store, file, [TensorLayout(name, "BF16", shapes[name]) for name in names], tensors(names))
@@ -99,24 +120,24 @@ def write_model(folder: Path, block: str, values: Values, layers: int) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": False,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vocab_size": sizes.vocabulary,
+        "tie_word_embeddings": sizes.tied,
         "torch_dtype": "bfloat16",
     }
     store.replace("config.json", _json(config))
 
 
-def write_adapter(folder: Path, number: int, values: Values, layers: int) -> None:
+def write_adapter(folder: Path, number: int, values: Values, sizes: Shapes) -> None:
     """A PEFT adapter of rank `RANK` on every linear module, bf16; adapter_config.json is written last."""
     store = LocalStore(folder)
     layout: list[TensorLayout] = []
-    for layer in range(layers):
-        for module, (d_out, d_in) in LINEARS.items():
+    for layer in range(sizes.layers):
+        for module, (d_out, d_in) in sizes.linears.items():
             name = f"{PEFT_PREFIX}model.layers.{layer}.{module}"
             layout.append(TensorLayout(f"{name}.lora_A.weight", "BF16", (RANK, d_in)))
             layout.append(TensorLayout(f"{name}.lora_B.weight", "BF16", (d_out, RANK)))
@@ -133,14 +154,14 @@ def write_adapter(folder: Path, number: int, values: Values, layers: int) -> Non
         "base_model_name_or_path": "aligned",
         "r": RANK,
         "lora_alpha": 2 * RANK,
-        "target_modules": sorted({module.rpartition(".")[2] for module in LINEARS}),
+        "target_modules": sorted({module.rpartition(".")[2] for module in sizes.linears}),
         "bias": "none",
     }
     store.replace("adapter_config.json", _json(config))
 
 
-def generate(folder: Path, layers: int, adapters: int) -> None:
-    """Write `base`, `aligned` and `adapter-00`… of this many layers to a folder; what is there already stays."""
+def generate(folder: Path, sizes: Shapes, adapters: int) -> None:
+    """Write `base`, `aligned` and `adapter-00`… of these sizes to a folder; what is there already stays."""
     values: Values | None = None
     for name in ("base", "aligned", *(f"adapter-{i:02d}" for i in range(adapters))):
         is_adapter = name.startswith("adapter")
@@ -148,9 +169,9 @@ def generate(folder: Path, layers: int, adapters: int) -> None:
             continue
         values = values or Values()
         if is_adapter:
-            write_adapter(folder / name, int(name.partition("-")[2]), values, layers)
+            write_adapter(folder / name, int(name.partition("-")[2]), values, sizes)
         else:
-            write_model(folder / name, name, values, layers)
+            write_model(folder / name, name, values, sizes)
 
 
 def _json(value: object) -> bytes:
