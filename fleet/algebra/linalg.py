@@ -34,6 +34,15 @@ class Qr(NamedTuple):
     """(k, n), upper triangular."""
 
 
+class Eigen(NamedTuple):
+    """X = vectors · diag(values) · vectorsᵀ of a symmetric matrix (n, n)."""
+
+    values: torch.Tensor
+    """(n,), in rising order."""
+    vectors: torch.Tensor
+    """(n, n), orthonormal columns."""
+
+
 def svd(matrix: torch.Tensor) -> Svd:
     """The thin singular value decomposition, in the matrix's dtype."""
     return Svd(*_linalg.svd(aligned(matrix), full_matrices=False))
@@ -49,9 +58,9 @@ def eigenvalues(matrix: torch.Tensor) -> torch.Tensor:
     return _linalg.eigvalsh(aligned(matrix))
 
 
-def least_squares(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The x (n, k) of least norm that minimises ‖matrix · x − target‖, by SVD; matrix (m, n), target (m, k)."""
-    return _linalg.lstsq(aligned(matrix), aligned(target), driver="gelsd").solution
+def eigen(matrix: torch.Tensor) -> Eigen:
+    """The eigenvalues of a symmetric matrix (n, n) and their vectors, in its dtype."""
+    return Eigen(*_linalg.eigh(aligned(matrix)))
 
 
 def norm(tensor: torch.Tensor) -> float:

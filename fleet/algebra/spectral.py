@@ -1,4 +1,4 @@
-"""Truncated singular value decompositions, and LoRA recompression with its certificate.
+"""Leading singular directions, spectra, and LoRA recompression with its certificate.
 
 A LoRA's singular values are those of a small matrix: with B = Q_B R_B and Aᵀ = Q_A R_A (thin QR), BA = Q_B (R_B R_Aᵀ)
 Q_Aᵀ, so no d_out × d_in matrix is built. Cutting it to rank k loses exactly √(Σ_{i>k} σ_i²), and no rank-k matrix is
@@ -13,17 +13,26 @@ import torch
 
 from fleet.algebra import linalg
 from fleet.algebra.delta import Delta, LowRank
-from fleet.algebra.products import product
+from fleet.algebra.products import aligned, product
 from fleet.algebra.row_blocks import RowBlocks
 
 EXACT_SIDE = 1024
-"""A dense matrix whose smaller side is at most this gets a full SVD; for others block power iteration finds the leading
-part."""
+"""A dense ΔW whose smaller side is at most this is cut by a full SVD; others by block power iteration, and the loss
+measured."""
 
 OVERSAMPLING = 16
-"""Columns of the iterated block beyond the k that are wanted."""
+"""Columns of its block beyond the k that are wanted."""
 
 POWER_ITERATIONS = 4
+
+KRYLOV_OVERSAMPLING = 8
+"""Columns of a Krylov space's blocks beyond the k directions that are wanted."""
+
+KRYLOV_STEPS = 6
+"""Blocks of a Krylov space after its first."""
+
+NEW_SHARE = 0.5
+"""A direction of which less than this is left after the space so far was taken out of it is not new."""
 
 
 class Triplets(NamedTuple):
@@ -42,27 +51,87 @@ class Triplets(NamedTuple):
         return LowRank(self.left * root, (self.right * root).T)
 
 
-def leading_triplets(matrix: RowBlocks, k: int, generator: torch.Generator) -> Triplets:
+def leading_directions(matrix: RowBlocks, k: int, generator: torch.Generator) -> Triplets:
     """The k leading singular triplets of a matrix (d_out, d_in), in its dtype; min(d_out, d_in) if k is larger.
 
-    Above `EXACT_SIDE`, by block power iteration from a Gaussian start (Halko, Martinsson and Tropp, 2011, alg. 4.4):
-    2(2 + 2·`POWER_ITERATIONS`)·d_out·d_in·(k + `OVERSAMPLING`) flops.
+    By block Krylov iteration (Musco and Musco, "Randomized block Krylov methods", NeurIPS 2015, alg. 2): of all that
+    X(XᵀX)ⁱΩ spans, i = 0 … `KRYLOV_STEPS`, for a Gaussian Ω of k + `KRYLOV_OVERSAMPLING` columns, the best. It takes
+    4(`KRYLOV_STEPS` + 1)·d_out·d_in·(k + `KRYLOV_OVERSAMPLING`) flops, a tenth of a full SVD's time at 576 × 576; a
+    matrix with no more rows or columns than that space gets the SVD.
+
+    How far from the SVD, for k = 8: where singular values fall, σ_i ∝ 1/√i or faster, values and the energy of any ΔW
+    in the k directions agree to 1e-6. In pure noise, where hundreds of singular values lie within a few per cent of
+    each other, values agree to 1 %, and that energy to 5 %: the directions are then almost as leading as those of the
+    SVD, but others.
 
     Args:
-        generator: draws the start, so that the same seed gives the same triplets.
+        generator: draws Ω, so that the same seed gives the same triplets.
     """
     k = min(k, *matrix.shape)
-    if min(matrix.shape) <= EXACT_SIDE:
-        left, values, right = linalg.svd(matrix.dense())
-        return Triplets(left, values, right.T).head(k)
-    columns = min(k + OVERSAMPLING, *matrix.shape)
-    start = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype)
-    basis = linalg.qr(matrix.times(start)).q
-    for _ in range(POWER_ITERATIONS):
-        basis = linalg.qr(matrix.times(linalg.qr(matrix.transposed_times(basis)).q)).q
-    # The small side: basisᵀ X = (Xᵀ basis)ᵀ.
-    right, values, left = linalg.svd(matrix.transposed_times(basis))
-    return Triplets(product(basis, left.T), values, right).head(k)
+    columns = k + KRYLOV_OVERSAMPLING
+    if (KRYLOV_STEPS + 1) * columns >= min(matrix.shape):
+        return _all_triplets(matrix).head(k)
+    block = matrix.times(torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype))
+    basis = linalg.qr(block).q
+    images = image = matrix.transposed_times(basis)
+    for _ in range(KRYLOV_STEPS):
+        block = _new_columns(matrix.times(image), basis)
+        image = matrix.transposed_times(block)
+        basis, images = torch.cat((basis, block), dim=1), torch.cat((images, image), dim=1)
+    # The singular vectors of the small side, basisᵀX = imagesᵀ. Its Gram is float64, so squaring loses nothing.
+    tall = images.double()
+    small = linalg.eigen(product(tall.T, tall)).vectors[:, -k:].flip(1).to(matrix.dtype)
+    right = product(images, small)
+    return Triplets(_orthonormal(product(basis, small)), right.square().sum(dim=0).sqrt(), _orthonormal(right))
+
+
+def squared_singular_values(matrix: RowBlocks) -> torch.Tensor:
+    """All σ² of a matrix (d_out, d_in): (min(d_out, d_in),), float64, in rising order.
+
+    They are the eigenvalues of the smaller Gram matrix in the matrix's own dtype, n × n: 2·d_out·d_in·n flops, and
+    about three times n³ for the eigenvalues. Each is exact to the dtype's rounding of the largest.
+    """
+    return linalg.eigenvalues(gram(matrix)).double().clamp_min(0.0)
+
+
+def gram(matrix: RowBlocks) -> torch.Tensor:
+    """XᵀX or XXᵀ, whichever is smaller, in the matrix's dtype."""
+    rows, columns = matrix.shape
+    if rows < columns:
+        return torch.cat([matrix.times(x.T) for x in matrix.blocks()], dim=1)
+    total = torch.zeros(columns, columns, dtype=matrix.dtype)
+    for x in matrix.blocks():
+        total += product(x.T, x)
+    return total
+
+
+def _new_columns(block: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of what a block adds to an orthonormal one; columns that add nothing are 0.
+
+    What the basis has is taken out again of what is left, which may be mostly rounding. Directions of which little is
+    left then are not new: the matrix has no more, as V has none where alignment trained a LoRA. The third time is for
+    the others, which had to be enlarged.
+    """
+    rows = aligned(basis.T)
+
+    def outside(columns: torch.Tensor) -> torch.Tensor:
+        return columns - product(basis, product(rows, columns))
+
+    left = outside(linalg.qr(outside(block)).q)
+    shares, mixes = linalg.eigen(product(left.T, left))
+    scales = torch.where(shares > NEW_SHARE**2, shares.clamp_min(NEW_SHARE**2).rsqrt(), 0.0)
+    return outside(product(left, mixes * scales))
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Orthogonal columns at unit length; in place of those that vanish, others that are orthogonal to all."""
+    found = linalg.qr(columns)
+    return found.q * torch.where(found.r.diagonal() < 0.0, -1.0, 1.0)
+
+
+def _all_triplets(matrix: RowBlocks) -> Triplets:
+    left, values, right = linalg.svd(matrix.dense())
+    return Triplets(left, values, right.T)
 
 
 def low_rank_triplets(delta: LowRank) -> Triplets:
@@ -89,5 +158,24 @@ def truncated(delta: Delta, rank: int, generator: torch.Generator) -> tuple[LowR
         lost = float(triplets.values[rank:].square().sum()) ** 0.5
         kept = triplets.head(rank).low_rank()
         return LowRank(kept.b.to(delta.b.dtype), kept.a.to(delta.a.dtype)), lost
-    kept = leading_triplets(RowBlocks.of(delta.value), rank, generator).low_rank()
+    kept = _near_triplets(RowBlocks.of(delta.value), rank, generator).low_rank()
     return kept, delta.minus(kept).norm()
+
+
+def _near_triplets(matrix: RowBlocks, k: int, generator: torch.Generator) -> Triplets:
+    """The k leading singular triplets, or above `EXACT_SIDE` some that lose little more.
+
+    There by block power iteration from a Gaussian start (Halko, Martinsson and Tropp, 2011, alg. 4.4), which holds no
+    more than one block. `leading_directions` comes nearer, but would give weights that are stored already other bytes.
+    """
+    k = min(k, *matrix.shape)
+    if min(matrix.shape) <= EXACT_SIDE:
+        return _all_triplets(matrix).head(k)
+    columns = min(k + OVERSAMPLING, *matrix.shape)
+    start = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype)
+    basis = linalg.qr(matrix.times(start)).q
+    for _ in range(POWER_ITERATIONS):
+        basis = linalg.qr(matrix.times(linalg.qr(matrix.transposed_times(basis)).q)).q
+    # The small side: basisᵀ X = (Xᵀ basis)ᵀ.
+    right, values, left = linalg.svd(matrix.transposed_times(basis))
+    return Triplets(product(basis, left.T), values, right).head(k)

@@ -104,8 +104,9 @@ class Variant(Frozen):
 class Survey(Frozen):
     """What is measured of every task vector."""
 
-    directions: int = Field(default=8, ge=0)
-    """For how many of V's leading directions a task vector's energy in each is measured; methods may ask for more."""
+    directions: int = Field(default=0, ge=0)
+    """Along how many of V's leading directions the energy of every task vector is measured, for the report. What a
+    method asks for is measured in any case."""
 
 
 class Tracking(Frozen):
@@ -255,7 +256,7 @@ class Manifest(Frozen):
         asks = [f"variants: {', '.join(f'{name} ({method})' for name, method in readers.items())}"] if readers else []
         if "unaligned" in self.evaluation.references:
             asks.append("evaluation.references: unaligned")
-        if "directions" in self.survey.model_fields_set and self.survey.directions:
+        if self.survey.directions:
             asks.append(f"survey.directions: {self.survey.directions}")
         if asks:
             raise ValueError(

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from fleet.algebra.factors import Factors
     from fleet.algebra.spectral import Triplets
 
-Need: TypeAlias = Literal["safety", "harmful", "rho", "projection", "mask"]
-"""What a method uses beside the task vector: the safety adapter, the harmful model, ρ and gain, VVᵀΔW/‖V‖, a mask."""
+Need: TypeAlias = Literal["safety", "harmful", "displacement", "rho", "rho_null", "projection", "mask"]
+"""What a method uses beside the task vector: the safety adapter, the harmful model, ‖V‖, lift and cosine, ρ and gain,
+ρ's null, VVᵀΔW/‖V‖, a mask."""
 
 PROJECTION_IS_DELETION = 0.05
 """Below this gain, Safe LoRA's operator C = VVᵀ/‖V‖ takes away nearly all of ΔW (`methods.md` §3.2)."""
@@ -42,8 +43,8 @@ together, rounding turns their vectors. Measured: 2e-5, for a V of noise, which 
 class ModuleStatistics(BaseModel):
     """What the survey measured of one model's task vector ΔW in one module (`methods.md` §8.1's Gram forms).
 
-    A statistic is None where it is undefined (ΔW or V vanishes, so there is no direction to compare) or was not asked
-    for by any variant.
+    A statistic is None where it is undefined (ΔW or V vanishes, so there is no direction to compare), and not set where
+    nobody asked for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,14 +56,14 @@ class ModuleStatistics(BaseModel):
     """LoRA rank; None for a dense task vector."""
     delta_norm: float
     """‖ΔW‖, Frobenius."""
-    safety_norm: float
+    safety_norm: float | None = None
     """‖V‖, Frobenius, of V = W_aligned − W_unaligned."""
     rho: float | None = None
     """cos(VVᵀΔW, ΔW) in [0, 1]."""
     rho_null: float | None = None
     """Mean of ρ over random B with this module's A."""
     rho_null_sd: float | None = None
-    """Standard deviation of ρ over the same B."""
+    """Standard deviation of ρ over the same B; `fleet.algebra.statistics.rho_null` says how exact both are."""
     lift: float | None = None
     """d_out‖VᵀΔW‖² / (‖V‖²‖ΔW‖²); its null is exactly 1."""
     gain: float | None = None
@@ -81,6 +82,11 @@ class ModuleStatistics(BaseModel):
             return None
         head = self.energies[:k]
         return sum(head) * self.shape[0] / len(head)
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether ΔW has a direction, and V too as far as it was measured."""
+        return self.delta_norm > 0.0 and (self.safety_norm is None or self.lift is not None)
 
     @property
     def rho_z(self) -> float | None:
@@ -174,7 +180,7 @@ class RealignMethod(BaseModel):
     @property
     def reads_displacement(self) -> bool:
         """Whether it uses V, so that it needs the unaligned model."""
-        return self.directions > 0 or not self.needs.isdisjoint(("rho", "projection"))
+        return self.directions > 0 or bool(measured_needs(self.needs))
 
     @property
     def matched(self) -> RealignMethod | None:
@@ -213,6 +219,11 @@ class RealignMethod(BaseModel):
     @property
     def directions(self) -> int:
         """How many of V's leading directions it uses."""
+        return 0
+
+    @property
+    def energies(self) -> int:
+        """Along how many of them it has to know the task vector's energy before it decides."""
         return 0
 
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
@@ -278,15 +289,15 @@ class Gated(RealignMethod):
 
     @property
     def needs(self) -> frozenset[Need]:
-        asked: tuple[Need, ...] = ("rho",) if self.statistic.startswith("rho") else ()
-        return frozenset(asked)
-
-    @property
-    def reads_displacement(self) -> bool:
-        return True
+        asked: dict[str, Need] = {"rho": "rho", "rho_z": "rho_null"}
+        return frozenset({asked.get(self.statistic, "displacement")})
 
     @property
     def directions(self) -> int:
+        return self.energies
+
+    @property
+    def energies(self) -> int:
         return self.gate_directions if self.statistic == "kappa" else 0
 
     @property
@@ -331,6 +342,17 @@ class Gated(RealignMethod):
 
     def _kept(self, module: ModuleStatistics) -> Decision:
         return Decision(module=module.module, edit=False, reason=f"{self.statistic} undefined: kept")
+
+
+def measured_needs(needs: Set[Need]) -> frozenset[Need]:
+    """Which of these the survey measures, with what they rest on: each of them takes V, and ρ's null takes ρ."""
+    rests_on: dict[Need, tuple[Need, ...]] = {
+        "displacement": ("displacement",),
+        "rho": ("displacement", "rho"),
+        "rho_null": ("displacement", "rho", "rho_null"),
+        "projection": ("displacement", "projection"),
+    }
+    return frozenset(found for need in needs for found in rests_on.get(need, ()))
 
 
 def decision(module: str, edit: bool, reason: str, close: bool) -> Decision:

@@ -81,6 +81,10 @@ class Control(RealignMethod):
         return self.of.directions
 
     @property
+    def energies(self) -> int:
+        return self.of.energies
+
+    @property
     def adapters_only(self) -> bool:
         return self.of.adapters_only
 
@@ -162,7 +166,7 @@ class RandomModules(Control):
         def drawable(m: ModuleStatistics) -> bool:
             # Only modules in which the method has an edit to make: those it edited, and others where neither ΔW nor V
             # vanishes. A method that edits untouched modules has edited all that it can.
-            return m.module in edited or (not self.edits_untouched and m.delta_norm > 0.0 and m.lift is not None)
+            return m.module in edited or (not self.edits_untouched and m.is_defined)
 
         names = sorted(m.module for m in modules if drawable(m))
         draw = random.Random(self.seed)

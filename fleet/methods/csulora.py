@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fleet.methods.base import Decision, Module, ModuleStatistics, Ranks, RealignMethod
+from fleet.methods.base import Decision, Module, ModuleStatistics, Need, Ranks, RealignMethod
 
 if TYPE_CHECKING:
     from fleet.algebra.delta import Delta
@@ -35,6 +35,10 @@ class CsuLora(RealignMethod):
     """k: the dimension of V's left and right subspaces."""
 
     @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"displacement"})
+
+    @property
     def directions(self) -> int:
         return self.subspace_directions
 
@@ -44,7 +48,7 @@ class CsuLora(RealignMethod):
     def decide(self, modules: Sequence[ModuleStatistics]) -> list[Decision]:
         what = f"what lies outside V's {self.subspace_directions} leading directions shrunk"
         reasons = {True: what, False: "ΔW or V vanishes: kept"}
-        edits = {m.module: m.lift is not None for m in modules}
+        edits = {m.module: m.is_defined for m in modules}
         return [Decision(module=name, edit=edit, reason=reasons[edit]) for name, edit in edits.items()]
 
     def edit(self, module: Module) -> Delta:

@@ -57,7 +57,10 @@ MODULE_COLUMNS = (
     Column("rank", "rank", "LoRA rank after the edit"),
     Column("recompression_residual", "residual", "What cutting the rank lost: ‖ΔW − ΔW_k‖, by Eckart and Young"),
 )
-"""The columns of every modules page; one for each leading direction of V comes after them."""
+"""The columns of a modules page; one for each leading direction of V comes after them."""
+
+MEASURED = MODULE_COLUMNS[3:7]
+"""Those that are shown only where some variant asked for the statistic."""
 
 _WORDING: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -91,12 +94,14 @@ def modules_html(title: str, tables: Mapping[str, Sequence[ModuleRow]]) -> str:
         tables: Name of a realigned candidate -> its modules.
     """
     depth = max((len(row.directions) for rows in tables.values() for row in rows), default=0)
-    directions = (Column("directions", f"u{i + 1}", "Share of ‖ΔW‖² along it, % before → after") for i in range(depth))
+    directions = [Column("directions", f"u{i + 1}", "Share of ‖ΔW‖² along it, % before → after") for i in range(depth)]
+    shown = [column for column in MODULE_COLUMNS if column not in MEASURED or _is_measured(column, tables)]
     template = _templates().get_template("modules.html.j2")
     return template.render(
         title=title,
-        columns=[*MODULE_COLUMNS, *directions],
-        tables={name: [_module_cells(row) for row in rows] for name, rows in tables.items()},
+        columns=[*shown, *directions],
+        has_directions=depth > 0,
+        tables={name: [_module_cells(row, shown) for row in rows] for name, rows in tables.items()},
     )
 
 
@@ -117,9 +122,13 @@ def _role(row: CandidateRow) -> Role:
     return row.role
 
 
-def _module_cells(row: ModuleRow) -> list[str | float | None]:
+def _is_measured(column: Column, tables: Mapping[str, Sequence[ModuleRow]]) -> bool:
+    return any(getattr(row, column.field) is not None for rows in tables.values() for row in rows)
+
+
+def _module_cells(row: ModuleRow, columns: Sequence[Column]) -> list[str | float | None]:
     """A module's cells in the order of the columns; without directions where they were not measured, as where nothing
     was edited."""
-    cells: list[str | float | None] = [getattr(row, column.field) for column in MODULE_COLUMNS]
+    cells: list[str | float | None] = [getattr(row, column.field) for column in columns]
     cells[1] = "yes" if row.edit else "no"
     return [*cells, *(f"{100 * before:.1f} → {100 * after:.1f}" for before, after in row.directions)]

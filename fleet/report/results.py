@@ -87,6 +87,6 @@ def own_steps(candidate: Candidate) -> list[Step]:
     """The steps that are about this candidate: its survey, its mask, what makes its weights, and its scores."""
     made = [candidate.weights] if isinstance(candidate.weights, Step) else []
     realigned = [step for step in made if isinstance(step, RealignStep)]
-    surveys = [step.survey for step in realigned if step.survey is not None]
+    surveys = [step.survey for step in realigned]
     masks = [step.mask for step in realigned if isinstance(step.mask, MaskStep)]
     return [*surveys, *masks, *made, *candidate.scores.values()]

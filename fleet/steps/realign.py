@@ -21,7 +21,7 @@ from fleet.steps.context import PlanContext
 from fleet.steps.mask import MaskStep
 from fleet.steps.record import Result
 from fleet.steps.sources import MaskSource, Source
-from fleet.steps.survey import SurveyResult, SurveyStep
+from fleet.steps.survey import DisplacementStep, SurveyResult, SurveyStep
 from fleet.steps.view import RunView
 from fleet.steps.weights import written_size
 from fleet.work.module_rows import ModuleRow, edit_warnings, module_rows
@@ -57,9 +57,9 @@ class RealignStep(WeightsStep):
     version: ClassVar[int] = 2
 
     model: Source
-    model_name: str
-    survey: SurveyStep | None
-    """None where there is no V, and so nothing to survey; the method then reads none."""
+    survey: SurveyStep
+    basis: DisplacementStep | None
+    """V's leading directions, if any variant asks for them: a record says how an edit changed the energy in each."""
     method: AnyRealignMethod
     safety: Source | None
     harmful: Source | None
@@ -75,19 +75,18 @@ class RealignStep(WeightsStep):
             ManifestError: the method can't have this model.
         """
         survey, source = SurveyStep.make(context, name), context.models[name]
-        measured = (survey, survey.displacement) if survey is not None else ()
+        basis = DisplacementStep.of_directions(context)
         _check_method(context, name, source, method)
         matched = cls.make(context, name, method.matched, variant) if method.matched is not None else None  # type: ignore[arg-type]
         mask = MaskStep.of_method(context, name, method, variant)
         merged = _merged_with(context, method)
         tensors = _touched(context, source, method)
         rank = _highest_rank(context, source, method, tensors)
-        spec: dict[str, Json] = {"method": method.identity()}
-        spec |= {"survey": SurveyStep.version} if survey is not None else {}
+        spec: dict[str, Json] = {"method": method.identity(), "survey": SurveyStep.version}
         size = written_size(context, tensors, rank, source.as_lora)
         spec |= size.spec if size.as_lora else {**size.spec, "edits": AS_STORED}
         deps: tuple[Step | None, ...] = (
-            survey.displacement if survey is not None and method.directions else None, matched,
+            basis if method.directions else None, survey.spectrum if "rho_null" in method.needs else None, matched,
             mask if isinstance(mask, MaskStep) else None,
         )  # fmt: skip
         read = source.model.num_bytes + sum(s.model.num_bytes for s in merged.values())
@@ -97,12 +96,12 @@ class RealignStep(WeightsStep):
                 spec=spec,
                 inputs=_inputs(context, source, merged, mask),
                 deps=tuple(step for step in deps if step is not None),
-                after=measured,
+                after=(survey, *((basis,) if basis is not None else ())),
                 read_bytes=read + size.read_bytes,
                 write_bytes=size.write_bytes,
                 model=source,
-                model_name=name,
                 survey=survey,
+                basis=basis,
                 method=method,
                 safety=merged.get("safety"),
                 harmful=merged.get("harmful"),
@@ -151,7 +150,7 @@ class RealignWalk(Walk):
 
         step = self._step
         mask = step.mask.uri if isinstance(step.mask, MaskSource) else run.folder(step.mask) if step.mask else None
-        survey, unaligned = step.survey, run.bases.unaligned
+        unaligned = run.bases.unaligned
         units = [
             RealignUnit(
                 aligned=run.bases.aligned.uri,
@@ -159,13 +158,13 @@ class RealignWalk(Walk):
                 model=step.model.uri,
                 safety=step.safety.uri if step.safety else None,
                 harmful=step.harmful.uri if step.harmful else None,
-                displacement=run.folder(survey.displacement) if survey else None,
-                projections=run.folder(survey) if survey and "projection" in step.method.needs else None,
+                displacement=run.folder(step.basis) if step.basis else None,
+                projections=run.folder(step.survey) if "projection" in step.method.needs else None,
                 method=step.method,
                 edited=frozenset(d.module for d in self._decisions if d.edit),
                 targets=self._targets,
                 mask=mask,
-                name=step.model_name,
+                name=step.survey.name,
                 as_lora=step.as_lora,
                 shard=shard,
                 output=run.output(step, attempt),
@@ -176,24 +175,14 @@ class RealignWalk(Walk):
 
 
 def _modules(step: RealignStep, run: RunView) -> list[ModuleStatistics]:
-    """The survey's rows, and for a method that edits untouched modules one for each of these.
-
-    Without a survey all are of the second kind, and ‖ΔW‖ is known to a control alone, from what its method's step
-    measured: a method that reads no V has edited every module, and asks for no norm.
-    """
-    surveyed = run.result(step.survey, SurveyResult).modules if step.survey is not None else ()
-    found = {row.module: row for row in surveyed}
-    matched = run.result(step.matched, RealignResult).modules if step.survey is None and step.matched else ()
-    norms = {row.module: row.delta_norm or 0.0 for row in matched}
-    if step.method.edits_untouched or step.survey is None:
+    """The survey's rows, and for a method that edits untouched modules one for each of these."""
+    found = {row.module: row for row in run.result(step.survey, SurveyResult).modules}
+    if step.method.edits_untouched:
         for tensor in step.tensors:
             for view in module_views(run.aligned, tensor):
                 d_out, d_in = canonical_shape(run.aligned, tensor)[-2:]
-                unmeasured = ModuleStatistics(
-                    module=view.module, shape=(d_out, d_in), rank=0, delta_norm=norms.get(view.module, 0.0),
-                    safety_norm=0.0,
-                )  # fmt: skip
-                found.setdefault(view.module, unmeasured)
+                untouched = ModuleStatistics(module=view.module, shape=(d_out, d_in), rank=0, delta_norm=0.0)
+                found.setdefault(view.module, untouched)
     return [found[name] for name in sorted(found)]
 
 

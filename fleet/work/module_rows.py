@@ -66,7 +66,8 @@ def module_rows(
         row: dict[str, Json] = {"module": statistics.module, "edit": bool(edit.get("edit_norm")), "reason": reason}
         for name in ("lift", "rho", "rho_z", "cosine", "delta_norm"):
             value = getattr(statistics, name)
-            row[name] = None if value is None else float(f"{value:.6g}")
+            if value is not None:
+                row[name] = float(f"{value:.6g}")
         rows.append(row | dict(edit))
     return rows
 

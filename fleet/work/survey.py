@@ -1,11 +1,12 @@
 """The survey: V = W_aligned − W_unaligned is read once, tensor by tensor, and serves every model of the catalogue.
 
-    both base models ─▶ blocks of rows, read ahead ─▶ V of one tensor, float32 ─┬▶ V's own part: norm, probes, basis
+    both base models ─▶ blocks of rows, read ahead ─▶ V of one tensor, float32 ─┬▶ V's own parts: directions, spectrum
     LoRA factors ─▶ one tensor ahead ──────────────────────────────────────────┴▶ every model's statistics
 
-Threads read ahead over tensors, and the first product with V runs block by block, as the blocks come. V's own part is a
-step of its own (`displacement`): done once for a pair of base models, read back every later night. A tensor's V is in
-memory only while it is measured, and not even then if it is larger than `RESIDENT_BYTES`.
+Threads read ahead over tensors, and the first product with V runs block by block, as the blocks come. Each of V's own
+parts is a step of its own (`displacement`): done once for a pair of base models, and only if it is asked for, and read
+back every later night. A tensor's V is in memory only while it is measured, and not even then if it is larger than
+`RESIDENT_BYTES`. Where no model is compared with V the base models are left alone, and task vectors only checked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -26,14 +27,8 @@ from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.products import dot, row_ranges
 from fleet.algebra.random_edits import named_generator
 from fleet.algebra.row_blocks import RowBlocks
-from fleet.algebra.spectral import Triplets, leading_triplets
-from fleet.algebra.statistics import (
-    UNDEFINED_NORM,
-    Displacement,
-    delta_statistics,
-    probe_triples,
-    projected_factor,
-)
+from fleet.algebra.spectral import Triplets, leading_directions, squared_singular_values
+from fleet.algebra.statistics import Asked, Displacement, delta_statistics, projected_factor
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import TensorInfo, read_headers
@@ -63,38 +58,58 @@ RESIDENT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Surveyed:
+    """One model of a pass."""
+
+    uri: str
+    asked: Asked
+    """What is measured of it."""
+    projection: Output | None = None
+    """Where the B factors of its VVᵀΔW/‖V‖ go; None unless a method asks for them."""
+
+
+@dataclass(frozen=True)
+class OwnPart:
+    """What belongs to V alone, of one kind."""
+
+    key: str
+    """Of its step."""
+    place: str | Output
+    """Where it is, or where this unit leaves it."""
+
+
+@dataclass(frozen=True)
 class SurveyUnit:
     """Measure many models in a group of tensors."""
 
     aligned: str
-    unaligned: str
-    models: dict[str, str]
-    """Key of its survey step -> URI of the model."""
+    unaligned: str | None
+    """None where nothing of V is asked for."""
+    models: dict[str, Surveyed]
+    """Key of its survey step -> a model."""
     tensors: tuple[str, ...]
     file: str
-    """What this unit's files are called, in the folder of V's own part and in those of projections."""
-    rho: bool
-    """Whether ρ, gain and their nulls are measured, which takes twice the flops."""
-    directions: int
-    """How many of V's leading singular triplets are kept."""
-    displacement_key: str
-    """Key of the step of V's own part."""
-    displacement: str | Output
-    """V's own part: where it is, or where this unit leaves it."""
-    projections: dict[str, Output] = field(default_factory=dict[str, Output])
-    """Model's key -> where the B factors of its VVᵀΔW/‖V‖ go; empty unless a method asks for them."""
+    """What this unit's files are called, in the folders of V's own parts and in those of projections."""
+    directions: int = 0
+    """How many leading singular triplets `basis` has."""
+    basis: OwnPart | None = None
+    """V's leading singular triplets; None where nobody asks for them."""
+    spectrum: OwnPart | None = None
+    """V's squared singular values; None where nobody asks for them."""
 
     pool: ClassVar[PoolName] = "tensor"
 
     def run(self, host: TensorWorker) -> dict[str, UnitRecord]:
-        """A record per step: of each model its rows and what of it isn't finite, and of V's own part its files."""
-        models = {key: open_model(uri) for key, uri in self.models.items()}
-        found = survey(self, open_full(self.aligned), open_full(self.unaligned), models, host.scratch)
-        records = {self.displacement_key: found.displacement}
+        """A record per step: of each model its rows and what of it isn't finite, and of V's own parts their files."""
+        models = {key: open_model(model.uri) for key, model in self.models.items()}
+        unaligned = open_full(self.unaligned) if self.unaligned is not None else None
+        found = survey(self, open_full(self.aligned), unaligned, models, host.scratch)
+        records = dict(found.own)
         for key, rows in found.statistics.items():
             files = found.projections[key].files if key in found.projections else {}
             result: dict[str, Json] = {
-                "modules": [row.model_dump(mode="json") for row in rows],
+                # What was not asked for is left out; what is undefined is null.
+                "modules": [row.model_dump(mode="json", exclude_unset=True) for row in rows],
                 "non_finite": [*found.non_finite[key]],
             }
             records[key] = UnitRecord(files=files, result=result)
@@ -108,7 +123,8 @@ class SurveyResult(NamedTuple):
     """Model -> its modules in this unit."""
     non_finite: dict[str, list[str]]
     """Model -> tensors that hold NaN or Inf."""
-    displacement: UnitRecord
+    own: dict[str, UnitRecord]
+    """Key of the step of a part of V's own that was measured -> its files."""
     projections: dict[str, UnitRecord]
 
 
@@ -118,17 +134,19 @@ Pair: TypeAlias = tuple[Rows, torch.Tensor, torch.Tensor]
 
 
 def survey(
-    unit: SurveyUnit, aligned: FullModel, unaligned: FullModel, models: Mapping[str, Model], scratch: Scratch
+    unit: SurveyUnit, aligned: FullModel, unaligned: FullModel | None, models: Mapping[str, Model], scratch: Scratch
 ) -> SurveyResult:
     """Statistics of every model in the unit's modules; every tensor read is checked for NaN and Inf.
 
     Raises:
         CheckpointError: NaN or Inf in the base models, which would poison every model alike.
     """
-    result = SurveyResult({n: [] for n in models}, {n: [] for n in models}, UnitRecord(), {})
+    result = SurveyResult({n: [] for n in models}, {n: [] for n in models}, {}, {})
     touched = {name: set(touched_tensors(model)) for name, model in models.items()}
-    own = _OwnPart(unit)
-    projected: dict[str, dict[str, torch.Tensor]] = {name: {} for name in unit.projections}
+    asked = {name: unit.models[name].asked for name in models}
+    own = _OwnParts(unit)
+    outputs = {name: model.projection for name, model in unit.models.items() if model.projection is not None}
+    projected: dict[str, dict[str, torch.Tensor]] = {name: {} for name in outputs}
     loras = {name: model for name, model in models.items() if isinstance(model, Adapter) and model.is_lora}
     factors = _one_ahead(lambda tensor: _finite_factors(tensor, loras, result.non_finite), unit.tensors)
     displaced = _displacements(aligned, unaligned, unit.tensors, scratch)
@@ -137,39 +155,51 @@ def survey(
         views = module_views(aligned, tensor)
         deltas = low_rank | _finite_deltas(aligned, tensor, others, bool(views), result.non_finite)
         for view in views:
-            v_view = _view(v, view, aligned.tensors[tensor], is_transposed(aligned, tensor))
-            displacement = own.of(view.module, v_view, v.norm if view.index is None else None)
+            displacement = None
+            if v is not None:
+                displacement = _of_module(v, view, aligned.tensors[tensor], is_transposed(aligned, tensor), own)
             in_view = {n: d if view.index is None else Dense(d.dense()[view.index]) for n, d in deltas.items()}
-            for name, statistics in delta_statistics(v_view, displacement, in_view, unit.rho).items():
+            for name, statistics in delta_statistics(displacement, in_view, asked).items():
                 delta = in_view[name]
                 rank = delta.rank if isinstance(delta, LowRank) else None
-                row = ModuleStatistics(module=view.module, shape=v_view.shape, rank=rank, **statistics._asdict())
+                measured = {field: getattr(statistics, field) for field in asked[name].fields}
+                d_out, d_in = delta.shape
+                row = ModuleStatistics(module=view.module, shape=(d_out, d_in), rank=rank, **measured)
                 result.statistics[name].append(row)
-                if name in projected and isinstance(delta, LowRank) and row.rho is not None:
-                    projected[name][view.module] = projected_factor(v_view, displacement.norm, delta)
+                if name in projected and isinstance(delta, LowRank) and row.is_defined:
+                    assert displacement is not None
+                    projected[name][view.module] = projected_factor(displacement.v, displacement.norm(), delta)
     for name, by_module in projected.items():
-        result.projections[name] = UnitRecord(files=write_file(unit.projections[name], unit.file, by_module))
-    return result._replace(displacement=own.write())
+        result.projections[name] = UnitRecord(files=write_file(outputs[name], unit.file, by_module))
+    return result._replace(own=own.write())
+
+
+def _of_module(v: _Displaced, view: ModuleView, info: TensorInfo, transposed: bool, own: _OwnParts) -> Displacement:
+    """V of one module, with what of it alone is asked for."""
+    matrix = _view(v, view, info, transposed)
+    whole = view.index is None
+    if own.measures:
+        v.norm()  # reads V: what is measured of it alone goes over its rows more than once, or not to the end
+    spectrum, basis = own.of(view.module, matrix)
+    return Displacement(matrix, v.norm if whole else lambda: linalg.norm(matrix.dense()), spectrum, basis)
 
 
 class StoredDisplacement:
-    """V's own part as the displacement step left it: `{module}.norm`, `.probes`, `.left`, `.singular`, `.right`."""
+    """A part of V's own as its step left it: `{module}.left`, `.singular`, `.right` or `.spectrum`."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._tensors = read_headers(folder, "model")
 
-    def of(self, module: str, rho: bool) -> Displacement:
-        """One module's part, without the probes where ρ is not asked for."""
-        has_probes = rho and f"{module}.probes" in self._tensors
-        probes = self._read(f"{module}.probes") if has_probes else None
-        return Displacement(float(self._read(f"{module}.norm")), probes, self.basis(module))
-
     def basis(self, module: str) -> Triplets | None:
-        """V's leading singular triplets; None if no directions were asked for."""
+        """V's leading singular triplets; None if they were not measured here."""
         if f"{module}.left" not in self._tensors:
             return None
         return Triplets(*(self._read(f"{module}.{part}") for part in ("left", "singular", "right")))
+
+    def spectrum(self, module: str) -> torch.Tensor:
+        """σ² of all of V's singular values: (min(d_out, d_in),), float64."""
+        return self._read(f"{module}.spectrum")
 
     def _read(self, name: str) -> torch.Tensor:
         return read_tensor(self._folder, self._tensors[name])
@@ -181,45 +211,47 @@ def stored_displacement(uri: str) -> StoredDisplacement:
     return StoredDisplacement(open_folder(uri))
 
 
-class _OwnPart:
-    """V's own part of one unit: read back, or measured and written."""
+class _OwnParts:
+    """V's own parts of one unit: read back, or measured and written."""
 
     def __init__(self, unit: SurveyUnit) -> None:
         self._unit = unit
-        self._stored = None
-        if isinstance(unit.displacement, str):
-            self._stored = stored_displacement(unit.displacement)
-        self._measured: dict[str, Displacement] = {}
+        self._spectra: dict[str, torch.Tensor] = {}
+        self._bases: dict[str, torch.Tensor] = {}
 
-    def of(self, module: str, v: RowBlocks, whole_norm: Callable[[], float] | None) -> Displacement:
-        """One module's part.
+    @property
+    def measures(self) -> bool:
+        parts = (self._unit.spectrum, self._unit.basis)
+        return any(part is not None and isinstance(part.place, Output) for part in parts)
 
-        Args:
-            whole_norm: gives ‖V‖ if the module is the whole of its tensor.
-        """
-        if self._stored is not None:
-            return self._stored.of(module, self._unit.rho)
-        norm = linalg.norm(v.dense()) if whole_norm is None else whole_norm()
-        probes = basis = None
-        if norm >= UNDEFINED_NORM:
-            probes = probe_triples(v, norm, named_generator(0, f"{module}.probes"))
-        if self._unit.directions:
-            basis = leading_triplets(v, self._unit.directions, named_generator(0, f"{module}.basis"))
-        self._measured[module] = Displacement(norm, probes, basis)
-        return self._measured[module]
+    def of(self, module: str, v: RowBlocks) -> tuple[torch.Tensor | None, Triplets | None]:
+        """One module's spectrum and basis, each None where nobody asks for it."""
+        unit = self._unit
+        return (
+            self._spectrum(module, v, unit.spectrum) if unit.spectrum is not None else None,
+            self._basis(module, v, unit.basis) if unit.basis is not None else None,
+        )
 
-    def write(self) -> UnitRecord:
-        if not isinstance(self._unit.displacement, Output):
-            return UnitRecord()
-        tensors: dict[str, torch.Tensor] = {}
-        for module, part in self._measured.items():
-            tensors[f"{module}.norm"] = torch.tensor([part.norm], dtype=torch.float64)
-            if part.probes is not None:
-                tensors[f"{module}.probes"] = part.probes
-            if part.basis is not None:
-                names = (f"{module}.left", f"{module}.singular", f"{module}.right")
-                tensors |= dict(zip(names, part.basis, strict=True))
-        return UnitRecord(files=write_file(self._unit.displacement, self._unit.file, tensors))
+    def _spectrum(self, module: str, v: RowBlocks, part: OwnPart) -> torch.Tensor:
+        if isinstance(part.place, str):
+            return stored_displacement(part.place).spectrum(module)
+        return self._spectra.setdefault(f"{module}.spectrum", squared_singular_values(v))
+
+    def _basis(self, module: str, v: RowBlocks, part: OwnPart) -> Triplets | None:
+        if isinstance(part.place, str):
+            return stored_displacement(part.place).basis(module)
+        basis = leading_directions(v, self._unit.directions, named_generator(0, f"{module}.basis"))
+        names = (f"{module}.left", f"{module}.singular", f"{module}.right")
+        self._bases |= dict(zip(names, basis, strict=True))
+        return basis
+
+    def write(self) -> dict[str, UnitRecord]:
+        """Key of a part's step -> its files, of the parts that were measured."""
+        found: dict[str, UnitRecord] = {}
+        for part, tensors in ((self._unit.spectrum, self._spectra), (self._unit.basis, self._bases)):
+            if part is not None and isinstance(part.place, Output):
+                found[part.key] = UnitRecord(files=write_file(part.place, self._unit.file, tensors))
+        return found
 
 
 def _view(v: _Displaced, view: ModuleView, info: TensorInfo, transposed: bool) -> RowBlocks:
@@ -370,13 +402,17 @@ class _Displaced:
 
 
 def _displacements(
-    aligned: FullModel, unaligned: FullModel, tensors: tuple[str, ...], scratch: Scratch
-) -> Iterator[_Displaced]:
-    """V of each tensor. Each is gone when the next one comes; what of it nobody used is read and checked then.
+    aligned: FullModel, unaligned: FullModel | None, tensors: tuple[str, ...], scratch: Scratch
+) -> Iterator[_Displaced | None]:
+    """V of each tensor; None without an unaligned model. Each is gone when the next one comes; what of it nobody used
+    is read and checked then.
 
     Raises:
         CheckpointError: NaN or Inf.
     """
+    if unaligned is None:
+        yield from itertools.repeat(None, len(tensors))
+        return
     for tensor, pairs in _blocks_ahead(aligned, unaligned, tensors, scratch.ring):
         rows, columns = _matrix_shape(aligned.tensors[tensor])
         views = module_views(aligned, tensor)

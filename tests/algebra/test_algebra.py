@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +16,12 @@ from fleet.algebra.delta import Delta, Dense, LowRank, zero
 from fleet.algebra.factors import Factors, factor_average
 from fleet.algebra.random_edits import named_generator
 from fleet.algebra.row_blocks import RowBlocks
-from fleet.algebra.spectral import Triplets
+from fleet.algebra.spectral import Triplets, squared_singular_values
 from fleet.algebra.statistics import (
+    Asked,
     DeltaStatistics,
     Displacement,
     delta_statistics,
-    probe_triples,
     projected_factor,
     rho_null,
 )
@@ -38,10 +39,6 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def triples_of(v: torch.Tensor, seed: int) -> torch.Tensor:
-    return probe_triples(RowBlocks.of(v), float(v.norm()), seeded(seed))
-
-
 def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -55,13 +52,21 @@ def whole_basis(v: torch.Tensor) -> Triplets:
     return Triplets(left, values, right.T)
 
 
-def own_part(v: torch.Tensor, probes: bool = True, basis: bool = True) -> Displacement:
-    triples = triples_of(v, 0) if probes and float(v.norm()) > 0.0 else None
-    return Displacement(float(v.norm()), triples, whole_basis(v) if basis else None)
+ALL = Asked(displacement=True, rho=True, rho_null=True, energies=99)
 
 
-def measured(v: torch.Tensor, delta: Delta, own: Displacement | None = None) -> DeltaStatistics:
-    return delta_statistics(RowBlocks.of(v), own or own_part(v), {"m": delta}, True)["m"]
+def own_part(v: torch.Tensor, blocks: RowBlocks | None = None) -> Displacement:
+    """Everything of V, given in one block or in these."""
+    spectrum = torch.linalg.svdvals(v).double().square()
+    return Displacement(blocks or RowBlocks.of(v), lambda: float(v.norm()), spectrum, whole_basis(v))
+
+
+def catalogue_of(own: Displacement | None, deltas: dict[str, Delta], asked: Asked = ALL) -> dict[str, DeltaStatistics]:
+    return delta_statistics(own, deltas, dict.fromkeys(deltas, asked))
+
+
+def measured(v: torch.Tensor, delta: Delta, asked: Asked = ALL) -> DeltaStatistics:
+    return catalogue_of(own_part(v), {"m": delta}, asked)["m"]
 
 
 def dense_definitions(v: torch.Tensor, w: torch.Tensor) -> dict[str, float]:
@@ -140,10 +145,10 @@ def test_statistics_of_a_stacked_catalogue_equal_each_alone(
     if with_dense:
         deltas = {"full": Dense(normal(g, d_out, d_in)), **deltas}
     own = own_part(v)
-    together = delta_statistics(RowBlocks.of(v), own, deltas, True)
+    together = catalogue_of(own, deltas)
     assert set(together) == set(deltas)
     for name, delta in deltas.items():
-        alone = delta_statistics(RowBlocks.of(v), own, {name: delta}, True)[name]
+        alone = catalogue_of(own, {name: delta})[name]
         assert flat(together[name]) == pytest.approx(flat(alone), rel=1e-9, abs=1e-12)
 
 
@@ -158,10 +163,8 @@ def test_statistics_low_rank_and_dense_routes_agree(d_out: int, d_in: int, rank:
         patch.setattr(statistics, "DENSE_COLUMNS", columns)  # several column blocks, the last one short
         dense = measured(v, Dense(w))
     found = measured(v, delta)
-    without_null = {"rho_null": 0.0, "rho_null_sd": 0.0}  # the dense route takes A's spectrum to be flat
-    assert flat(dense._replace(**without_null)) == pytest.approx(
-        flat(found._replace(**without_null)), rel=1e-9, abs=1e-12
-    )
+    null = {"rho_null": 0.0, "rho_null_sd": 0.0}  # the dense route counts the directions of B, too
+    assert flat(dense._replace(**null)) == pytest.approx(flat(found._replace(**null)), rel=1e-9, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=30)
@@ -173,10 +176,9 @@ def test_row_blocks_one_and_many_agree(d_out: int, d_in: int, rank: int, cuts: l
     assert torch.equal(many.dense(), v)
     torch.testing.assert_close(many.times(delta.a.T), v @ delta.a.T)
     torch.testing.assert_close(many.transposed_times(delta.b), v.T @ delta.b)
-    torch.testing.assert_close(probe_triples(many, float(v.norm()), seeded(0)), triples_of(v, 0))
+    torch.testing.assert_close(squared_singular_values(many), squared_singular_values(RowBlocks.of(v)))
     deltas: dict[str, Delta] = {"lora": delta, "full": other}
-    own = own_part(v)
-    one_block, blocks = (delta_statistics(x, own, deltas, True) for x in (RowBlocks.of(v), many))
+    one_block, blocks = (catalogue_of(own_part(v, x), deltas) for x in (RowBlocks.of(v), many))
     for name in deltas:
         expected = flat(one_block[name])
         assert flat(blocks[name]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -219,7 +221,7 @@ def test_statistics_two_directions_by_hand() -> None:
     ids=["no rank", "zero factors", "zero matrix", "V vanishes", "V vanishes, dense"],
 )
 def test_statistics_vanishing_matrix_is_undefined(v: torch.Tensor, delta: Delta) -> None:
-    found = delta_statistics(RowBlocks.of(v), own_part(v), {"m": delta}, True)["m"]
+    found = measured(v, delta)
     assert found[2:] == (None,) * 7
     assert found[:2] == (pytest.approx(delta.norm()), pytest.approx(float(v.norm())))
 
@@ -234,16 +236,32 @@ def test_statistics_orthogonal_to_v_have_no_rho_and_no_gain(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", [LowRank, Dense])
-def test_statistics_without_probes_leave_rho_out_and_keep_the_rest(kind: type) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [Asked(), Asked(True), Asked(True, True), Asked(True, True, True), Asked(True, energies=2)],
+    ids=["norm", "cosine", "rho", "null", "energies"],
+)
+def test_statistics_are_those_asked_for_and_no_others(kind: type, asked: Asked) -> None:
     g = seeded(3)
     v, lora = normal(g, 6, 9), low_rank(g, 6, 9, 2)
     delta: Delta = lora if kind is LowRank else Dense(lora.dense())
-    full = measured(v, delta)
-    found = delta_statistics(RowBlocks.of(v), own_part(v, basis=False), {"m": delta}, False)["m"]
-    assert (found.rho, found.rho_null, found.rho_null_sd, found.gain, found.energies) == (None,) * 5
-    assert (found.delta_norm, found.lift, found.cosine) == (full.delta_norm, full.lift, full.cosine)
-    no_directions = measured(v, delta, own_part(v, basis=False))
-    assert no_directions == full._replace(energies=None)
+    everything, found = measured(v, delta)._asdict(), measured(v, delta, asked)._asdict()
+    assert {name for name, value in found.items() if value is not None} == set(asked.fields)
+    for name in set(asked.fields) - {"energies"}:
+        assert found[name] == pytest.approx(everything[name], rel=1e-12)
+    if asked.energies:
+        assert found["energies"] == pytest.approx(everything["energies"][:2])
+
+
+def test_statistics_of_models_asked_differently_equal_those_asked_alike() -> None:
+    g = seeded(8)
+    own = own_part(normal(g, 12, 9))
+    deltas: dict[str, Delta] = {name: low_rank(g, 12, 9, 2) for name in "abc"}
+    asked = {"a": Asked(), "b": Asked(True), "c": ALL}
+    mixed, all_alike = delta_statistics(own, deltas, asked), catalogue_of(own, deltas)
+    assert mixed["c"] == all_alike["c"]
+    assert mixed["b"] == DeltaStatistics(**{f: getattr(all_alike["b"], f) for f in asked["b"].fields})
+    assert catalogue_of(None, deltas, Asked())["a"] == mixed["a"], "without V"
 
 
 @settings(deadline=None, max_examples=30)
@@ -272,39 +290,74 @@ def over_random_b(v: torch.Tensor, a: torch.Tensor, draws: int) -> dict[str, tor
     return {"rho": mm / (nn * dd).sqrt(), "lift": v.shape[0] * mm / (v.norm() ** 2 * dd)}
 
 
-@pytest.mark.parametrize("make_v", [normal, spiked])
+def of_spectrum(values: torch.Tensor) -> Any:
+    """A V with these σ, (n,), in random directions."""
+
+    def make(generator: torch.Generator, d_out: int, d_in: int) -> torch.Tensor:
+        n = min(d_out, d_in)
+        left, right = (torch.linalg.qr(normal(generator, d, n)).Q for d in (d_out, d_in))
+        return left * values[:n] @ right.T
+
+    return make
+
+
+SPECTRA = {
+    "noise": normal,
+    "spiked": spiked,
+    "slow": of_spectrum(torch.arange(1, 65).double() ** -0.5),
+    "steep": of_spectrum(torch.arange(1, 65).double() ** -1.0),
+    "nearly rank 1": of_spectrum(torch.cat((torch.ones(1), torch.full((63,), 1e-3))).double()),
+    "rank 4": of_spectrum(torch.cat((torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.zeros(60))).double()),
+}
+
+
+@pytest.mark.parametrize("make_v", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("row_scales", [(1.0,) * 8, (10.0, 1.0, 1.0, 1.0)], ids=["rank 8", "rank 4, one row rules"])
-def test_rho_null_equals_monte_carlo_over_random_b(
-    make_v: Any, shape: tuple[int, int], row_scales: tuple[float, ...]
-) -> None:
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_rho_null_equals_monte_carlo_over_random_b(make_v: Any, shape: tuple[int, int], rank: int) -> None:
     g = seeded(7)
     v = make_v(g, *shape)
-    a = torch.tensor(row_scales, dtype=torch.float64)[:, None] * normal(g, len(row_scales), shape[1])
-    rho = over_random_b(v, a, 600)["rho"]
-    weights = torch.linalg.eigvalsh(a @ a.T)
-    nulls = torch.tensor([rho_null(triples_of(v, s), weights) for s in range(100, 112)])
-    sd, effective_rank = float(rho.std()), float(weights.sum() ** 2 / weights.square().sum())
-    # Each of the 12 nulls has a pool of 64 probes, whose mean is off by its own error, and 256 draws from it.
-    standard_error = sd * ((effective_rank / 64 + 1 / 256) / 12 + 1 / 600) ** 0.5
-    assert float(nulls[:, 0].mean()) == pytest.approx(float(rho.mean()), abs=4 * standard_error)
-    assert float(nulls[:, 1].mean()) == pytest.approx(sd, rel=0.2)
+    a = torch.linalg.qr(normal(g, shape[1], rank)).Q.T
+    rho = over_random_b(v, a, 1500)["rho"]
+    mean, sd = rho_null(squared_singular_values(RowBlocks.of(v)), shape[0], rank)
+    assert mean == pytest.approx(float(rho.mean()), abs=0.1 * float(rho.std())), "3.9 standard errors of the draws"
+    assert sd == pytest.approx(float(rho.std()), rel=0.12)
+
+
+@pytest.mark.parametrize("make_v", SPECTRA.values(), ids=SPECTRA)
+def test_rho_null_of_an_uneven_a_errs_little(make_v: Any) -> None:
+    """λ_j ∝ 0.7ʲ: z_i is no gamma then."""
+    g = seeded(7)
+    v, scales = make_v(g, 64, 64), 0.7 ** (torch.arange(16).double() / 2)
+    a = scales[:, None] * torch.linalg.qr(normal(g, 64, 16)).Q.T
+    rho = over_random_b(v, a, 1500)["rho"]
+    found = measured(v, LowRank(normal(g, 64, 16), a))
+    assert found.rho_null == pytest.approx(float(rho.mean()), abs=0.15 * float(rho.std()))
+    assert found.rho_null_sd == pytest.approx(float(rho.std()), rel=0.2)
 
 
 @pytest.mark.parametrize("make_v", [normal, spiked])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_rho_null_of_a_large_rank_is_the_formula(make_v: Any, shape: tuple[int, int]) -> None:
     v = make_v(seeded(7), *shape)
-    probes = torch.cat([triples_of(v, s) for s in range(100, 140)])
-    mean, sd = rho_null(probes, torch.ones(4096))
-    assert mean == pytest.approx(float(v.norm() ** 2 / (shape[0] ** 0.5 * (v @ v.T).norm())), rel=0.02)
-    assert sd < 0.02 * mean
+    mean, sd = rho_null(squared_singular_values(RowBlocks.of(v)), shape[0], 1e6)
+    assert mean == pytest.approx(float(v.norm() ** 2 / (shape[0] ** 0.5 * (v @ v.T).norm())), rel=1e-5)
+    assert sd < 1e-3 * mean
 
 
-def test_rho_null_of_equal_singular_values_is_one() -> None:
-    probes = triples_of(3.0 * torch.eye(5, dtype=torch.float64), 1)
-    torch.testing.assert_close(probes[:, 1:] / probes[:, :1], torch.tensor([[9.0, 81.0]]).double().expand(64, 2))
-    assert rho_null(probes, torch.tensor([2.0, 1.0])) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-12))
+def test_rho_null_of_rank_one_is_that_of_a_beta() -> None:
+    """V and ΔW of rank 1: ρ² = x₁²/Σx² is Beta(½, (d − 1)/2), of mean 1/d, and ρ is at √ its gammas' moments."""
+    mean, sd = rho_null(torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64), 4, 1)
+    expected = math.exp(math.lgamma(1.0) - math.lgamma(0.5) + math.lgamma(2.0) - math.lgamma(2.5))
+    assert mean == pytest.approx(expected, rel=1e-6)
+    assert sd**2 == pytest.approx(1 / 4 - expected**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 64])
+def test_rho_null_of_equal_singular_values_is_one_without_spread(rank: int) -> None:
+    assert rho_null(torch.full((5,), 9.0, dtype=torch.float64), 5, rank) == (pytest.approx(1.0), 0.0)
+    found = measured(3.0 * torch.eye(5), LowRank(torch.ones(5, 1), torch.ones(1, 5)))
+    assert (found.rho_null, found.rho_null_sd) == (pytest.approx(1.0), 0.0), "of float32 too"
 
 
 def test_rho_null_in_the_survey_has_the_models_own_a() -> None:
@@ -313,18 +366,17 @@ def test_rho_null_in_the_survey_has_the_models_own_a() -> None:
     even, uneven = normal(g, 6, 48), torch.zeros(6, 48, dtype=torch.float64)
     uneven[0] = normal(g, 48)
     found = [measured(v, LowRank(b, a)).rho_null_sd for a in (even, uneven)]
-    expected = [float(over_random_b(v, a, 600)["rho"].std()) for a in (even, uneven)]
+    expected = [float(over_random_b(v, a, 1500)["rho"].std()) for a in (even, uneven)]
     assert expected[1] > 1.5 * expected[0]
-    assert found == pytest.approx(expected, rel=0.2)
+    assert found == pytest.approx(expected, rel=0.12)
 
 
 def test_rho_null_of_a_dense_delta_has_its_participation_ratio() -> None:
     g = seeded(4)
-    v, b = normal(g, 64, 64), normal(g, 64, 6)
-    a = torch.linalg.qr(normal(g, 64, 6)).Q.T  # equal eigenvalues, which the dense route takes for granted
+    v = normal(g, 64, 64)
+    b, a = torch.linalg.qr(normal(g, 64, 6)).Q, torch.linalg.qr(normal(g, 64, 6)).Q.T  # ΔWᵀΔW has AAᵀ's eigenvalues
     dense, lora = (measured(v, d) for d in (Dense(b @ a), LowRank(b, a)))
-    assert dense.rho_null == pytest.approx(lora.rho_null, rel=0.02)
-    assert dense.rho_null_sd == pytest.approx(lora.rho_null_sd, rel=0.25)
+    assert (dense.rho_null, dense.rho_null_sd) == pytest.approx((lora.rho_null, lora.rho_null_sd), rel=1e-6)
 
 
 @pytest.mark.parametrize("make_v", [normal, spiked])
@@ -334,8 +386,7 @@ def test_lift_of_a_random_b_is_one_on_average(make_v: Any, shape: tuple[int, int
     v, a = make_v(g, *shape), normal(g, 2, shape[1])
     draws = 400
     b = normal(g, draws, shape[0], 2)
-    own = own_part(v, probes=False, basis=False)
-    found = delta_statistics(RowBlocks.of(v), own, {str(i): LowRank(b[i], a) for i in range(draws)}, False)
+    found = catalogue_of(own_part(v), {str(i): LowRank(b[i], a) for i in range(draws)}, Asked(True))
     lifts = torch.tensor([m.lift for m in found.values()])
     assert float(lifts.mean()) == pytest.approx(1.0, abs=4 * float(lifts.std()) / draws**0.5)
 

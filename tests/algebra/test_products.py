@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 
 import fleet
-from fleet.algebra import products
+from fleet.algebra import products, spectral
 from fleet.algebra.delta import Delta, Dense, LowRank
 from fleet.algebra.products import PANEL, Side, aligned, beside, dot, product, row_ranges
 from fleet.algebra.row_blocks import RowBlocks
-from fleet.algebra.statistics import Displacement, delta_statistics, probe_triples
+from fleet.algebra.spectral import leading_directions, squared_singular_values
+from fleet.algebra.statistics import Asked, Displacement, delta_statistics
 
 SEEDS = st.integers(0, 2**31 - 1)
 OFFSETS = st.sampled_from([0, 1, 2, 3, 4, 8, 15, 16])
@@ -122,16 +123,29 @@ def test_statistics_are_the_same_bits_alone_and_beside_others_and_wherever_v_lie
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "BLOCK_ENTRIES", 700)
         norm = float(v.double().norm())
-        probes = probe_triples(RowBlocks.of(v), norm, torch.Generator().manual_seed(0))
+        spectrum = squared_singular_values(RowBlocks.of(v))
         for _ in range(3):
-            again = probe_triples(RowBlocks.of(placed(v, offset)), norm, torch.Generator().manual_seed(0))
-            assert torch.equal(again, probes)
-        own = Displacement(norm, probes, None)
-        together = delta_statistics(RowBlocks.of(placed(v, offset)), own, deltas, True)
+            assert torch.equal(squared_singular_values(RowBlocks.of(placed(v, offset))), spectrum)
+        own, moved = (Displacement(RowBlocks.of(x), lambda: norm, spectrum) for x in (v, placed(v, offset)))
+        everything, little = Asked(True, True, True), Asked(True)
+        together = delta_statistics(moved, deltas, dict.fromkeys(deltas, everything))
         for name, delta in deltas.items():
-            assert delta_statistics(RowBlocks.of(v), own, {name: delta}, True)[name] == together[name]
-            without = delta_statistics(RowBlocks.of(v), own, {name: delta}, False)[name]
+            assert delta_statistics(own, {name: delta}, {name: everything})[name] == together[name]
+            without = delta_statistics(own, {name: delta}, {name: little})[name]
             assert (without.lift, without.cosine) == (together[name].lift, together[name].cosine)
+
+
+@settings(deadline=None, max_examples=10)
+@given(SEEDS, st.integers(40, 90), st.integers(40, 90), OFFSETS)
+def test_leading_directions_have_the_same_bits_wherever_v_lies(seed: int, d_out: int, d_in: int, offset: int) -> None:
+    v = normal(seed, d_out, d_in)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "BLOCK_ENTRIES", 700)
+        patch.setattr(spectral, "KRYLOV_OVERSAMPLING", 2)  # so that matrices of this size are iterated
+        here, there = (
+            leading_directions(RowBlocks.of(x), 2, torch.Generator().manual_seed(0)) for x in (v, placed(v, offset))
+        )
+    assert all(torch.equal(x, y) for x, y in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize("room", ["algebra", "fusion", "methods", "work", "checkpoint"])
@@ -151,14 +165,3 @@ def test_every_product_goes_through_the_one_module(room: str) -> None:
             ):
                 found.append(f"{file.name}:{node.lineno}")
     assert not found
-
-
-def test_least_squares_name_a_driver_that_reads_no_uninitialised_pivots() -> None:
-    """torch's default on a CPU, LAPACK's gelsy, takes pivots that torch leaves as they were in memory: a few calls in a
-    hundred gave other bits."""
-    assert fleet.__file__ is not None
-    for file in Path(fleet.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "lstsq":
-                drivers = [ast.literal_eval(word.value) for word in node.keywords if word.arg == "driver"]
-                assert drivers == ["gelsd"], f"{file.name}:{node.lineno}"

@@ -163,7 +163,7 @@ def test_job_submitted_in_the_clone_leaves_records_weights_and_runs(
     assert job.returncode == 0, job.stdout + job.stderr
     plan = plan_of(manifest)
     assert not plan.pending
-    assert {s.kind for s in plan.steps} == {"displacement", "survey", "fuse", "score"}
+    assert {s.kind for s in plan.steps} == {"survey", "fuse", "score"}
     fused = next(r for key, r in plan.done.items() if key.startswith("fuse/"))
     weights = next((tmp_path / "artifacts" / "fuse" / "plain").glob(f"*/attempt-{fused.attempt}"))
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in weights.iterdir()}

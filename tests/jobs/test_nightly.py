@@ -284,7 +284,7 @@ def test_second_night_computes_only_the_new_model_and_the_fusions(catalogue: Pat
         return {key.rpartition("/")[0].split("-")[0] for key in result.computed}
 
     assert not first.failures and not second.failures
-    assert names(first) == {"displacement/base", "survey/lora", "realign/lora.wise_ft", "fuse/plain", "fuse/merged"}
+    assert names(first) == {"survey/lora", "realign/lora.wise_ft", "fuse/plain", "fuse/merged"}
     assert names(second) == {"survey/rslora", "realign/rslora.wise_ft", "fuse/plain", "fuse/merged"}
     assert walk(tensor_plan(models, path)).computed == []
 

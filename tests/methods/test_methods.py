@@ -30,6 +30,7 @@ from fleet.methods import (
     SpLora,
     WiseFt,
 )
+from fleet.methods.base import measured_needs
 
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**31)
@@ -425,19 +426,26 @@ def test_csulora_keeps_what_vanishes_and_says_so() -> None:
 
 def test_methods_ask_for_what_they_use() -> None:
     assert {name: method.needs for name, method in METHODS.items() if method.needs} == {
-        "safemerge": {"safety"},
+        "safemerge": {"safety", "displacement"},
         "safemerge peft_factor": {"safety", "rho"},
         "safemerge dare": {"safety", "rho"},
         "safemerge ties": {"safety", "rho"},
-        "safe_lora": {"rho", "projection"},
+        "safe_lora": {"displacement", "rho", "projection"},
         "safe_lora norm_preserving": {"rho", "projection"},
         "safe_lora subspace": {"rho"},
         "safe_lora delete": {"rho"},
         "resta": {"harmful"},
         "resta dropped": {"harmful"},
+        "csulora": {"displacement"},
         "splora": {"rho"},
     }
-    assert SafeMerge(method="safemerge", statistic="rho_z").needs == {"safety", "rho"}
+    assert SafeMerge(method="safemerge", statistic="rho_z").needs == {"safety", "rho_null"}
+    assert {SafeMerge(method="safemerge", statistic=s).needs for s in ("lift", "cosine", "kappa")} == {
+        frozenset({"safety", "displacement"})
+    }
+    assert measured_needs(METHODS["safe_lora"].needs) == {"displacement", "rho", "projection"}
+    assert measured_needs({"rho_null", "safety"}) == {"displacement", "rho", "rho_null"}
+    assert not measured_needs({"safety", "harmful", "mask"})
     assert SafeLora(method="safe_lora", statistic="rho", operator="delete").needs == {"rho"}
     assert {name: method.directions for name, method in METHODS.items() if method.directions} == {
         "safe_lora subspace": 3,
@@ -445,7 +453,9 @@ def test_methods_ask_for_what_they_use() -> None:
         "lox": 6,
         "csulora": 3,
     }
-    assert SafeMerge(method="safemerge", statistic="kappa", gate_directions=5).directions == 5
+    kappa = SafeMerge(method="safemerge", statistic="kappa", gate_directions=5)
+    assert (kappa.directions, kappa.energies) == (5, 5)
+    assert not any(method.energies for method in METHODS.values())
     both = SafeLora(method="safe_lora", statistic="kappa", operator="subspace", subspace_directions=9)
     assert both.directions == 9
     assert [name for name, method in METHODS.items() if method.adapters_only] == ["safemerge peft_factor"]

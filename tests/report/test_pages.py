@@ -113,15 +113,24 @@ def test_modules_page_holds_every_row_as_json_in_the_order_of_its_headings() -> 
     data, _ = Page(modules_html("t", tables_of(HOSTILE))).scripts
     (candidate, ((module, edited, reason, *values),)), (another, (row,)) = json.loads(data).items()
     assert (candidate, module, reason) == tuple(f"{where}{HOSTILE}" for where in ("candidate", "module", "reason"))
-    assert (edited, values) == ("yes", [None] * 7 + [4, None, "50.0 → 25.0"])
+    assert (edited, values) == ("yes", [None] * 4 + [4, None, "50.0 → 25.0"])
     assert another == f"another{HOSTILE}"
-    assert row == ["m", "no", "r", 2.5] + [None] * 8
+    assert row == ["m", "no", "r", 2.5] + [None] * 5
 
 
 def test_modules_page_has_a_heading_for_every_direction_that_some_module_has() -> None:
     page = Page(modules_html("t", tables_of("")))
-    assert [tag[0] for tag in page.tags].count("th") == len(MODULE_COLUMNS) + 1
+    assert [tag[0] for tag in page.tags].count("th") == len(MODULE_COLUMNS) - 3 + 1
     assert "u1" in page.texts and "u2" not in page.texts
+
+
+def test_modules_page_has_no_column_for_what_was_not_measured() -> None:
+    rows = [ModuleRow(module=name, edit=False, reason="r", cosine=value) for name, value in (("a", None), ("b", 0.0))]
+    page = Page(modules_html("t", {"c": rows}))
+    assert "cos" in page.texts and not {"lift", "ρ", "ρ, z", "u1"} & set(page.texts)
+    assert not any("output directions" in text for text in page.texts)
+    ((_, (_, second)),) = json.loads(page.scripts[0]).items()
+    assert second == ["b", "no", "r", 0.0, *[None] * 5]
 
 
 def test_attribution_page_escapes_what_it_shows() -> None:

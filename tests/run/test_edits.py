@@ -170,7 +170,7 @@ def test_fusion_that_leaves_nothing_says_so(
 # -- without V -------------------------------------------------------------------------------------------------------
 
 
-def test_run_without_unaligned_makes_the_same_models_and_no_survey(catalogue: Path, tmp_path: Path) -> None:
+def test_run_without_unaligned_makes_the_same_models_and_reads_no_v(catalogue: Path, tmp_path: Path) -> None:
     base = {"aligned": str(catalogue / "aligned"), "harmful": str(catalogue / "rslora")}
     fused = [{"name": "fused", "realign": {"method": "wise_ft"}, "fuse": {"method": "ties", "trim": "model"}}]
     asked = [*variants(WITHOUT_V), *fused, {"name": "plain", "realign": None, "fuse": {"method": "weight_average"}}]
@@ -178,7 +178,7 @@ def test_run_without_unaligned_makes_the_same_models_and_no_survey(catalogue: Pa
     for name, unaligned in {"without": {}, "with": {"unaligned": str(catalogue / "unaligned")}}.items():
         plan = tensor_plan(catalogue, tmp_path / name, base=base | unaligned, variants=asked)
         found[name] = plan, walk(plan, InlinePools())
-    assert {step.kind for step in found["without"][0].steps} == {"realign", "trim", "fuse"}
+    assert {step.kind for step in found["without"][0].steps} == {"survey", "realign", "trim", "fuse"}
     theirs, ours = (results(*found[name]) for name in ("with", "without"))
     assert ours.keys() == theirs.keys() and len(ours) == 3 * len(WITHOUT_V)
     for name, (folder, result) in ours.items():
@@ -205,5 +205,5 @@ def test_models_alone_are_scored_without_variants_or_unaligned(catalogue: Path, 
     document = manifest_document(catalogue, tmp_path, variants=[])
     document["base"] = {"aligned": str(catalogue / "aligned")}
     plan = make_plan(load_manifest(write_manifest(tmp_path / "models.json", document)))
-    assert {step.kind for step in plan.steps} == {"score"}
+    assert {step.kind for step in plan.steps} == {"survey", "score"}, "weights are checked, too"
     assert [c.name for c in plan.candidates] == ["aligned", "lora", "rslora", "full"]

@@ -41,7 +41,7 @@ def steps_of(plan: Plan) -> dict[str, str]:
 
 def test_plan_of_a_mixed_catalogue_has_every_step_once(catalogue: Path, tmp_path: Path) -> None:
     plan = plan_of(catalogue, tmp_path)
-    assert keys(plan, "displacement") == ["base"]
+    assert keys(plan, "displacement") == [], "nobody asks for what takes time for V alone"
     assert keys(plan, "survey") == ["full", "lora", "rslora"]
     assert [name.rsplit("-", 1)[0] for name in keys(plan, "realign")] == [
         "full.safemerge", "lora.safemerge", "rslora.safemerge",
@@ -120,7 +120,7 @@ def test_plan_another_variants_wishes_for_the_survey_leave_what_is_made_alone(ca
         {"name": "l", "realign": {"method": "lox", "extrapolated_directions": 9}, "fuse": None},
     ]
     few, many = (plan_of(catalogue, tmp_path, variants=v, survey={"directions": 2}) for v in (variants, more))
-    assert not {s.key for s in few.steps if s.kind in ("survey", "displacement")} & {s.key for s in many.steps}
+    assert not {s.key for s in few.steps if s.kind == "displacement"} & {s.key for s in many.steps}
     assert {s.key for s in few.steps if s.kind in ("realign", "fuse", "score")} < {s.key for s in many.steps}
 
 
@@ -130,21 +130,74 @@ def test_plan_variant_named_like_another_variants_method_keeps_names_apart(catal
     assert len(names) == len(set(names)) == 9
 
 
-def test_plan_surveys_only_what_some_variant_asks_for(catalogue: Path, tmp_path: Path) -> None:
-    def asked(*methods: dict[str, Any], directions: int = 2) -> tuple[bool, int, bool]:
-        variants = [{"name": f"v{i}", "realign": m, "fuse": None} for i, m in enumerate(methods)]
-        plan = plan_of(catalogue, tmp_path, variants=variants, survey={"directions": directions})
-        displacement, survey = (next(s.spec for s in plan.steps if s.kind == k) for k in ("displacement", "survey"))
-        return bool(survey["rho"]), int(str(displacement["directions"])), bool(survey["projection"])
+V, RHO, NULL = ["displacement"], ["displacement", "rho"], ["displacement", "rho", "rho_null"]
+COSINE = {"method": "safemerge", "statistic": "cosine"}
+RHO_Z = {"method": "safemerge", "statistic": "rho_z"}
+KAPPA = {"method": "safemerge", "statistic": "kappa", "gate_directions": 3}
+LOX = {"method": "lox", "extrapolated_directions": 9}
+DELETED = {"method": "safe_lora", "statistic": "cosine", "operator": "delete"}
 
-    assert asked({"method": "safemerge", "statistic": "lift"}) == (False, 2, False)
-    assert asked({"method": "safemerge"}) == (True, 2, False)
-    deleted = {"method": "safe_lora", "statistic": "cosine", "operator": "delete"}
-    assert asked(deleted, {"method": "csulora", "subspace_directions": 5}) == (
-        False, 5, False,
-    )  # fmt: skip
-    assert asked({"method": "safe_lora"}, directions=0) == (True, 0, True)
-    assert asked({"method": "noise", "of": {"method": "lox", "extrapolated_directions": 9}}) == (False, 9, False)
+
+def surveyed(plan: Plan, model: str = "lora") -> tuple[Any, Any, set[str], set[str]]:
+    """What a model's survey measures, along how many directions, what it reads, and what of V alone is measured."""
+    (survey,) = (s for s in plan.steps if s.kind == "survey" and s.name == model)
+    own = {f"{s.name} {s.spec.get('directions', '')}".strip() for s in plan.steps if s.kind == "displacement"}
+    return survey.spec["needs"], survey.spec["energies"], set(survey.inputs), own
+
+
+@pytest.mark.parametrize(
+    ("methods", "directions", "needs", "energies", "own"),
+    [
+        ([{"method": "wise_ft"}, {"method": "revert"}], 0, [], 0, set[str]()),
+        ([COSINE], 0, V, 0, set[str]()),
+        ([COSINE], 2, V, 2, {"directions 2"}),
+        ([{"method": "safemerge"}], 0, RHO, 0, set[str]()),
+        ([RHO_Z], 0, NULL, 0, {"spectrum"}),
+        ([KAPPA], 0, V, 3, {"directions 3"}),
+        ([KAPPA, LOX], 0, V, 3, {"directions 9"}),
+        ([LOX], 0, [], 0, {"directions 9"}),
+        ([{"method": "csulora", "subspace_directions": 5}], 0, V, 0, {"directions 5"}),
+        ([DELETED], 0, V, 0, set[str]()),
+        ([{"method": "safe_lora"}], 0, ["displacement", "projection", "rho"], 0, set[str]()),
+        (
+            [{"method": "noise", "of": RHO_Z}, {"method": "noise", "of": KAPPA}],
+            0,
+            NULL,
+            3,
+            {"directions 3", "spectrum"},
+        ),
+    ],
+)
+def test_plan_surveys_only_what_some_variant_asks_for(
+    catalogue: Path, tmp_path: Path, methods: list[Any], directions: int, needs: list[str], energies: int, own: set[str]
+) -> None:
+    variants = [{"name": f"v{i}", "realign": m, "fuse": None} for i, m in enumerate(methods)]
+    plan = plan_of(catalogue, tmp_path, variants=variants, survey={"directions": directions})
+    reads = {"aligned", "model", *(["unaligned"] if needs else [])}
+    assert surveyed(plan) == (needs, energies, reads, own)
+
+
+def test_plan_surveys_of_a_model_what_its_own_variants_ask_for(catalogue: Path, tmp_path: Path) -> None:
+    variants = [
+        {"name": "a", "realign": COSINE, "fuse": None, "models": ["lora", "full"]},
+        {"name": "b", "realign": {"method": "safe_lora"}, "fuse": None, "models": ["full", "rslora"]},
+    ]
+    plan = plan_of(catalogue, tmp_path, variants=variants)
+    assert surveyed(plan, "lora")[0] == V
+    assert surveyed(plan, "full")[0] == RHO, "a full model has no factors to project"
+    assert surveyed(plan, "rslora")[0] == ["displacement", "projection", "rho"]
+
+
+def test_plan_surveys_again_only_where_a_new_method_asks_for_more(catalogue: Path, tmp_path: Path) -> None:
+    def keys_of(*methods: dict[str, Any]) -> set[str]:
+        variants = [{"name": f"v{i}", "realign": m, "fuse": None} for i, m in enumerate(methods)]
+        return {s.key for s in plan_of(catalogue, tmp_path, variants=variants).steps}
+
+    cosine = keys_of(COSINE)
+    for nothing_new in (DELETED, {"method": "wise_ft"}, {"method": "safemerge", "statistic": "lift"}, LOX):
+        assert cosine < keys_of(COSINE, nothing_new)
+    assert not {k for k in cosine if k.startswith("survey/")} & keys_of(COSINE, {"method": "safe_lora"})
+    assert keys_of(KAPPA) & keys_of(KAPPA, RHO_Z) >= {k for k in keys_of(KAPPA) if k.startswith(("realign", "displ"))}
 
 
 def test_plan_control_comes_after_the_method_it_matches(catalogue: Path, tmp_path: Path) -> None:
@@ -156,7 +209,7 @@ def test_plan_control_comes_after_the_method_it_matches(catalogue: Path, tmp_pat
     for step in realigns:
         if "uniform_scaling" in step.name:
             assert [d.kind for d in step.deps] == ["realign"]
-            assert [d.kind for d in step.after] == ["survey", "displacement"]
+            assert [d.kind for d in step.after] == ["survey"]
 
 
 def test_plan_adapter_that_no_engine_serves_is_folded_into_its_base(catalogue: Path, tmp_path: Path) -> None:

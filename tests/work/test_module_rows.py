@@ -15,7 +15,7 @@ def test_row_has_what_was_measured_decided_and_done() -> None:
     edit: dict[str, Json] = {"module": "m", "edit_norm": 0.5, "directions": [[0.1, 0.2]]}
     (row,) = module_rows([statistics("m")], [Decision(module="m", edit=True, reason="why")], {"m": edit})
     assert row == {
-        "module": "m", "edit": True, "reason": "why", "lift": 2.0, "rho": None, "rho_z": None, "cosine": None,
+        "module": "m", "edit": True, "reason": "why", "lift": 2.0,
         "delta_norm": 0.333333, "edit_norm": 0.5, "directions": [[0.1, 0.2]],
     }  # fmt: skip
 

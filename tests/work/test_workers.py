@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fleet.algebra.sparsify import WHOLE, at_least, elected
+from fleet.algebra.statistics import Asked
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.headers import plan_shards, shard_name
 from fleet.checkpoint.model import read_model, require_full_model, touched_tensors
@@ -28,7 +29,7 @@ from fleet.store import open_folder
 from fleet.work.fusing import FuseUnit
 from fleet.work.realigning import RealignUnit
 from fleet.work.scratch import Scratch
-from fleet.work.survey import SurveyResult, SurveyUnit
+from fleet.work.survey import OwnPart, Surveyed, SurveyResult, SurveyUnit
 from fleet.work.survey import survey as survey_unit
 from fleet.work.tensor_worker import TensorWorker
 from fleet.work.unit import UnitRecord
@@ -36,6 +37,7 @@ from tests.pico import make_adapter, make_gpt2, write_model
 
 SAFEMERGE = SafeMerge(method="safemerge", alpha=0.75)
 DIRECTIONS = 4
+ALL = Asked(displacement=True, rho=True, rho_null=True, energies=DIRECTIONS)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,20 +88,31 @@ def survey(
     out: Path,
     groups: list[list[str]] | None = None,
     displacement: str | None = None,
-    rho: bool = True,
+    asked: Asked = ALL,
     unaligned: Path | None = None,
 ) -> list[SurveyResult]:
-    """One result per group of tensors (by default one of all); V's own part is left in `out`/displacement."""
+    """One result per group of tensors (by default one of all).
+
+    V's own parts are left in `out`/displacement and `out`/spectrum, or read from those of an earlier `displacement`.
+    """
     aligned = require_full_model(read_model(open_folder(str(root / "aligned"))), "aligned")
     groups = groups or [sorted(aligned.tensors)]
+
+    def part(name: str) -> OwnPart:
+        return OwnPart(name, Output(str(out), name) if displacement is None else f"{displacement}/{name}")
+
     return [
         surveyed(
             SurveyUnit(
-                aligned=str(root / "aligned"), unaligned=str(unaligned or root / "unaligned"),
-                models={name: str(folder) for name, folder in models.items()}, tensors=tuple(group),
-                file=shard_name(index, len(groups)), rho=rho, directions=DIRECTIONS, displacement_key="base",
-                displacement=displacement or Output(str(out), "displacement"),
-                projections={name: Output(str(out), name) for name in models} if rho else {},
+                aligned=str(root / "aligned"),
+                unaligned=str(unaligned or root / "unaligned") if asked.displacement else None,
+                models={
+                    name: Surveyed(str(folder), asked, Output(str(out), name) if asked.rho else None)
+                    for name, folder in models.items()
+                },
+                tensors=tuple(group), file=shard_name(index, len(groups)), directions=DIRECTIONS,
+                basis=part("displacement") if asked.energies else None,
+                spectrum=part("spectrum") if asked.rho_null else None,
             )
         )
         for index, group in enumerate(groups)
@@ -107,8 +120,9 @@ def survey(
 
 
 def surveyed(unit: SurveyUnit) -> SurveyResult:
-    models = {name: open_model(uri) for name, uri in unit.models.items()}
-    return survey_unit(unit, open_full(unit.aligned), open_full(unit.unaligned), models, Scratch())
+    models = {name: open_model(model.uri) for name, model in unit.models.items()}
+    unaligned = open_full(unit.unaligned) if unit.unaligned is not None else None
+    return survey_unit(unit, open_full(unit.aligned), unaligned, models, Scratch())
 
 
 def realign(
@@ -465,7 +479,7 @@ def test_survey_in_one_unit_and_many_gives_the_same_rows_and_files(catalogue: Pa
     assert rows(one) == rows(many)
     assert {len(rows(one)["lora"]), len(rows(one)["rslora"])} == {4}
     assert len(rows(one)["full"]) == 14, "seven Linear modules in each of two layers, no embeddings, no norms"
-    for part in ("displacement", "lora", "rslora"):
+    for part in ("displacement", "spectrum", "lora", "rslora"):
         ours, theirs = (weights_of(tmp_path / run / part) for run in ("one", "many"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert not (tmp_path / "one" / "full").exists(), "a full fine-tune has no factors to project"
@@ -483,19 +497,50 @@ def test_survey_of_many_models_equals_each_alone(catalogue: Path, tmp_path: Path
 def test_survey_with_the_displacement_of_an_earlier_night_gives_the_same(catalogue: Path, tmp_path: Path) -> None:
     models = {n: catalogue / n for n in ("lora", "full")}
     (first,) = survey(catalogue, models, tmp_path / "first")
-    (later,) = survey(catalogue, models, tmp_path / "later", displacement=str(tmp_path / "first" / "displacement"))
+    (later,) = survey(catalogue, models, tmp_path / "later", displacement=str(tmp_path / "first"))
     assert first.statistics == later.statistics
-    assert first.displacement.files and not later.displacement.files
+    assert {name for name, record in first.own.items() if record.files} == {"displacement", "spectrum"}
+    assert not later.own
 
 
-def test_survey_without_rho_measures_the_rest_alike(catalogue: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "leaves"),
+    [
+        (Asked(), set[str]()),
+        (Asked(True), set[str]()),
+        (Asked(True, True), {"lora"}),
+        (Asked(True, True, True), {"lora", "spectrum"}),
+        (Asked(True, energies=2), {"displacement"}),
+    ],
+    ids=["nothing", "cosine", "rho", "rho's null", "directions"],
+)
+def test_survey_measures_what_is_asked_for_and_leaves_the_rest_out(
+    catalogue: Path, tmp_path: Path, asked: Asked, leaves: set[str]
+) -> None:
     models = {n: catalogue / n for n in ("lora", "full")}
-    (full,) = survey(catalogue, models, tmp_path / "with")
-    (short,) = survey(catalogue, models, tmp_path / "without", rho=False)
-    without = {"rho": None, "rho_null": None, "rho_null_sd": None, "gain": None}
+    (everything,) = survey(catalogue, models, tmp_path / "everything")
+    (found,) = survey(catalogue, models, tmp_path / "found", asked=asked)
     for name in models:
-        assert [row.model_copy(update=without) for row in full.statistics[name]] == short.statistics[name]
-    assert not short.projections
+        for ours, theirs in zip(found.statistics[name], everything.statistics[name], strict=True):
+            row, whole = (m.model_dump(exclude_unset=True) for m in (ours, theirs))
+            assert row.keys() == {"module", "shape", "rank", *asked.fields}
+            for field in set(asked.fields) - {"energies"}:
+                assert row[field] == pytest.approx(whole[field], rel=1e-12)
+    assert {path.name for path in (tmp_path / "found").glob("*")} == leaves
+
+
+def test_survey_undefined_statistics_are_null_and_those_not_asked_for_are_absent(
+    catalogue: Path, tmp_path: Path
+) -> None:
+    """V vanishes: both base models are the same."""
+    unit = SurveyUnit(
+        aligned=str(catalogue / "aligned"), unaligned=str(catalogue / "aligned"),
+        models={"lora": Surveyed(str(catalogue / "lora"), Asked(True))},
+        tensors=tuple(open_full(str(catalogue / "aligned")).tensors), file="all",
+    )  # fmt: skip
+    row = json.loads(json.dumps(unit.run(TensorWorker())["lora"].result))["modules"][0]
+    assert (row["lift"], row["cosine"], row["safety_norm"]) == (None, None, 0.0)
+    assert not {"rho", "rho_null", "gain", "energies"} & row.keys()
 
 
 def test_survey_of_a_large_tensor_streams_it_and_gives_the_same(
@@ -508,8 +553,9 @@ def test_survey_of_a_large_tensor_streams_it_and_gives_the_same(
     monkeypatch.setattr("fleet.work.survey.RESIDENT_BYTES", 0)
     (streamed,) = survey(catalogue, models, tmp_path / "streamed")
     assert streamed.statistics == resident.statistics
-    ours, theirs = (weights_of(tmp_path / run / "displacement") for run in ("streamed", "resident"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    for part in ("displacement", "spectrum"):
+        ours, theirs = (weights_of(tmp_path / run / part) for run in ("streamed", "resident"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 def test_survey_of_a_conv1d_model_uses_the_module_as_it_multiplies(tmp_path: Path) -> None:
