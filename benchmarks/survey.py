@@ -1,6 +1,8 @@
 """The survey of Llama-2-7B's shapes, compared with the least it could take and with the way the papers do it.
 
-    python -m benchmarks.survey [--folder F] [--layers 32] [--keep]
+    python -m benchmarks.survey [--folder F] [--layers 32] [--keep] [--small]
+
+A row of its own is for a small model, see `benchmarks.small_survey`; with --small it is all.
 
 Every run starts in fresh processes, so that peaks don't mix, and follows a run that read the same files. So the page
 cache has these files, or a part of them if they are larger than the memory; a column says how much came from the disk.
@@ -29,18 +31,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.checkpoints import LAYERS, LINEARS, RANK, generate
+from benchmarks.checkpoints import LLAMA_2_7B, RANK, SMOLLM2_135M, generate
+from benchmarks.processes import fresh
+from benchmarks.small_survey import SmallSurvey
 from fleet.algebra.products import BLOCK_ENTRIES
-from fleet.algebra.spectral import OVERSAMPLING, POWER_ITERATIONS
-from fleet.algebra.statistics import NUM_PROBES
+from fleet.algebra.spectral import KRYLOV_OVERSAMPLING, KRYLOV_STEPS
+from fleet.algebra.statistics import Asked
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
 from fleet.checkpoint.model import read_model
@@ -49,7 +53,7 @@ from fleet.checkpoint.tensors import read_tensor
 from fleet.run.pools import WORKER_ENV
 from fleet.steps.view import UNIT_BYTES
 from fleet.store.local import LocalFolder
-from fleet.work.survey import READERS, SurveyUnit
+from fleet.work.survey import READERS, OwnPart, Surveyed, SurveyUnit
 from fleet.work.tensor_worker import TensorWorker
 
 CORES = os.cpu_count() or 1
@@ -70,8 +74,6 @@ MAX_EXTRA_SHARE = 0.03
 MAX_PEAK_GB = 2.0
 MIN_SPEEDUP = 100.0
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -82,13 +84,13 @@ class Case:
     rho: bool
     repeats: int
     first_night: bool = False
-    """Whether V's own part is measured and written, instead of read back."""
+    """Whether V's leading directions are measured and written, instead of read back."""
 
     def flops(self, parameters: int) -> float:
         """Flops of the products with V, which has `parameters` entries in linear modules."""
         columns = RANK * self.adapters * (2 if self.rho else 1)
         if self.first_night:
-            columns += 2 * NUM_PROBES + (2 + 2 * POWER_ITERATIONS) * (DIRECTIONS + OVERSAMPLING)
+            columns += 2 * (KRYLOV_STEPS + 1) * (DIRECTIONS + KRYLOV_OVERSAMPLING)
         return 2.0 * parameters * columns
 
 
@@ -105,12 +107,6 @@ class Cost(NamedTuple):
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------
-
-
-def fresh(function: Callable[..., T], *args: object) -> T:
-    """`function(*args)` in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 class Usage(NamedTuple):
@@ -162,19 +158,19 @@ def _survey_unit(unit: SurveyUnit) -> tuple[Usage, Usage]:
 
 def survey_models(folder: Path, case: Case, displacement: str | Output, groups: list[list[str]]) -> Cost:
     """One night's survey."""
+    asked = Asked(displacement=True, rho=case.rho, energies=DIRECTIONS)
+    names = [f"adapter-{i:02d}" for i in range(case.adapters)]
     units = [
         SurveyUnit(
             aligned=str(folder / "aligned"),
             unaligned=str(folder / "base"),
-            models={f"adapter-{i:02d}": str(folder / f"adapter-{i:02d}") for i in range(case.adapters)},
-            tensors=tuple(names),
+            models={name: Surveyed(str(folder / name), asked) for name in names},
+            tensors=tuple(tensors),
             file=shard_name(index, len(groups)),
-            displacement_key="base",
-            rho=case.rho,
             directions=DIRECTIONS,
-            displacement=displacement,
+            basis=OwnPart("displacement", displacement),
         )
-        for index, names in enumerate(groups)
+        for index, tensors in enumerate(groups)
     ]
     with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as workers:
         for started in [workers.submit(time.sleep, START_SECONDS) for _ in range(CORES)]:
@@ -231,7 +227,7 @@ def publish_layer(folder: Path) -> Cost:
 
     def decide() -> list[Usage]:
         before = usage()
-        for module in LINEARS:
+        for module in LLAMA_2_7B.linears:
             name = f"model.layers.0.{module}"
             tensor = f"{name}.weight"
             v = read_tensor(aligned, aligned_tensors[tensor]).float() - read_tensor(base, base_tensors[tensor]).float()
@@ -262,7 +258,7 @@ class Benchmark:
         assert isinstance(aligned, FullModel)
         self._groups = plan_shards(aligned.tensors.values(), UNIT_BYTES)
         self.num_bytes = 2 * aligned.num_bytes
-        self.parameters = layers * sum(math.prod(shape) for shape in LINEARS.values())
+        self.parameters = layers * sum(math.prod(shape) for shape in LLAMA_2_7B.linears.values())
         self.costs: dict[str, list[Cost]] = {}
         self.rates: list[float] = []
 
@@ -284,7 +280,7 @@ class Benchmark:
     def _one_layer_both_ways(self) -> None:
         """From the page cache: once to fill it, then measured."""
         displacement = str(self._scratch / "displacement")
-        modules = [[f"model.layers.0.{module}.weight"] for module in LINEARS]
+        modules = [[f"model.layers.0.{module}.weight"] for module in LLAMA_2_7B.linears]
         survey_models(self._folder, RHO[0], displacement, modules)
         for _ in range(REPEATS):
             self._add("cached", survey_models(self._folder, RHO[0], displacement, modules * CACHED_TIMES))
@@ -329,7 +325,9 @@ class Benchmark:
         return max(cost.peak_gb for case in (FIRST, *LIFT, *RHO) for cost in self.costs[case.name])
 
     def table(self) -> Table:
-        title = f"Survey of Llama-2-7B's shapes, {self._layers} of {LAYERS} layers, LoRA adapters of rank {RANK}"
+        title = (
+            f"Survey of Llama-2-7B's shapes, {self._layers} of {LLAMA_2_7B.layers} layers, LoRA adapters of rank {RANK}"
+        )
         table = Table(title=title)
         headings = (
             "night", "adapters", "s", "runs", "CPU s", "disk GB", "read s", "products s", "x sum", "x max", "peak GB",
@@ -353,23 +351,19 @@ class Benchmark:
             )
         return table
 
-    def result(self) -> dict[str, object]:
-        """What the last line of the output says."""
-        one_with_rho = self.seconds(RHO[0].name)
-        required = {
+    @property
+    def required(self) -> dict[str, tuple[float, float, str]]:
+        """Name -> what was measured, its bound, and which side of it is right."""
+        return {
             "floor_ratio": (max(self.ratio(case) for case in LIFT), MAX_FLOOR_RATIO, "max"),
             "extra_adapter_share": (self.extra_share(LIFT), MAX_EXTRA_SHARE, "max"),
             "peak_gb": (self.peak_gb(), MAX_PEAK_GB, "max"),
-            "published_speedup": (self.published_seconds() / one_with_rho, MIN_SPEEDUP, "min"),
+            "published_speedup": (self.published_seconds() / self.seconds(RHO[0].name), MIN_SPEEDUP, "min"),
         }
-        met = all(x <= bound if kind == "max" else x >= bound for x, bound, kind in required.values())
+
+    def result(self) -> dict[str, object]:
+        """What the last line of the output says beside that."""
         return {
-            "benchmark": "survey",
-            "required": {
-                name: {"measured": round(x, 4), "bound": bound, "kind": kind}
-                for name, (x, bound, kind) in required.items()
-            },
-            "met": met,
             "layers": self._layers,
             "overlapped_floor_ratio": round(max(self.overlapped_ratio(case) for case in LIFT), 4),
             "rho_floor_ratio": round(max(self.ratio(case) for case in RHO), 4),
@@ -397,40 +391,60 @@ def main() -> None:
     """Generate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "fleet-benchmark"))
-    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer, if the disk is short of 33 GB")
+    parser.add_argument("--layers", type=int, default=LLAMA_2_7B.layers, help="fewer, if the disk is short of 33 GB")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints for the next time")
+    parser.add_argument("--small", action="store_true", help="only the small model")
     args = parser.parse_args()
     console = Console(width=140)
-    os.environ.update(WORKER_ENV)  # the processes to come: a worker's products have one thread
-    folder = args.folder / f"llama-2-7b-{args.layers}"
-    generate(folder, args.layers, max(ADAPTERS))
-    scratch = Path(tempfile.mkdtemp(prefix="displacement-", dir=args.folder))
+    args.folder.mkdir(parents=True, exist_ok=True)
+    large = args.folder / f"{LLAMA_2_7B.name}-{args.layers}"
+    small = args.folder / SMOLLM2_135M.name
     try:
-        benchmark = Benchmark(folder, scratch, args.layers, console)
+        rows: list[Benchmark | SmallSurvey] = [SmallSurvey(small, console)]
+        if not args.small:
+            os.environ.update(WORKER_ENV)  # the processes to come: a worker's products have one thread
+            rows.append(measure_large(large, args.layers, console))
+    finally:
+        if not args.keep:
+            shutil.rmtree(large, ignore_errors=True)
+            shutil.rmtree(small, ignore_errors=True)
+    required = {name: entry for row in rows for name, entry in row.required.items()}
+    found: dict[str, object] = {
+        "benchmark": "survey",
+        "required": {
+            name: {"measured": round(x, 4), "bound": bound, "kind": kind} for name, (x, bound, kind) in required.items()
+        },
+        "met": all(x <= bound if kind == "max" else x >= bound for x, bound, kind in required.values()),
+    }
+    for row in rows:
+        found |= row.result()
+    print(json.dumps(found))
+
+
+def measure_large(folder: Path, layers: int, console: Console) -> Benchmark:
+    """All runs on Llama-2-7B's shapes, of which `folder` gets checkpoints."""
+    generate(folder, replace(LLAMA_2_7B, layers=layers), max(ADAPTERS))
+    with tempfile.TemporaryDirectory(prefix="displacement-", dir=folder.parent) as scratch:
+        benchmark = Benchmark(folder, Path(scratch), layers, console)
 
         def tera(case: Case) -> str:
             return f"{case.flops(benchmark.parameters) / 1e12:.2f}"
 
         console.print(
-            f"{args.layers} of {LAYERS} layers: {benchmark.num_bytes / GB:.1f} GB in both base models, "
+            f"{layers} of {LLAMA_2_7B.layers} layers: {benchmark.num_bytes / GB:.1f} GB in both base models, "
             f"{benchmark.parameters / GB:.2f}e9 weights in linear modules. Products, in Tflop: one adapter "
             f"{tera(LIFT[0])}, with ρ {tera(RHO[0])}, the first night {tera(FIRST)}. "
             f"{CORES} cores and workers, load {os.getloadavg()[0]:.1f}."
         )
         benchmark.run()
-        console.print(benchmark.table())
-        result = benchmark.result()
-        console.print(
-            f"As published, ρ of one adapter: {benchmark.published_seconds():.0f} s for the model, scaled up from "
-            f"{benchmark.seconds('published'):.1f} s for one layer; both from the page cache, one layer is "
-            f"{benchmark.cached_speedup():.0f} times as fast. 's' is the median; x sum: over read + products, "
-            f"x max: over the larger; products at {max(benchmark.rates) / GB:.0f} Gflop/s, the best seen."
-        )
-        print(json.dumps(result))
-    finally:
-        shutil.rmtree(scratch)
-        if not args.keep:
-            shutil.rmtree(folder)
+    console.print(benchmark.table())
+    console.print(
+        f"As published, ρ of one adapter: {benchmark.published_seconds():.0f} s for the model, scaled up from "
+        f"{benchmark.seconds('published'):.1f} s for one layer; both from the page cache, one layer is "
+        f"{benchmark.cached_speedup():.0f} times as fast. 's' is the median; x sum: over read + products, "
+        f"x max: over the larger; products at {max(benchmark.rates) / GB:.0f} Gflop/s, the best seen."
+    )
+    return benchmark
 
 
 if __name__ == "__main__":

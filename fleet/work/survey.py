@@ -37,7 +37,7 @@ from fleet.checkpoint.modules import ModuleView, is_transposed, module_views
 from fleet.checkpoint.opened import open_full, open_model
 from fleet.checkpoint.shards import Output
 from fleet.checkpoint.task_vectors import read_delta, read_factors, read_weight
-from fleet.checkpoint.tensors import read_rows, read_tensor
+from fleet.checkpoint.tensors import is_finite, read_rows, read_tensor
 from fleet.checkpoint.write import write_file
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
@@ -328,7 +328,16 @@ def _stored_tensors(model: Model, tensor: str) -> list[TensorInfo]:
 
 
 def _is_finite(folder: Folder, info: TensorInfo) -> bool:
-    return all(math.isfinite(_squares(read_rows(folder, info, *rows).float())) for rows in _row_ranges(info))
+    """Reads all of it, so little at a time that it is checked in the cache."""
+    rows, columns = _matrix_shape(info)
+    step = max(CACHED_NUMBERS // max(columns, 1), 1)
+    memory = torch.empty(step * (info.num_bytes // max(rows, 1)), dtype=torch.uint8)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        taken = memory[: info.num_bytes // rows * (stop - start)]
+        if not is_finite(read_rows(folder, info, start, stop, taken)):
+            return False
+    return True
 
 
 def _squares(block: torch.Tensor) -> float:
@@ -404,8 +413,8 @@ class _Displaced:
 def _displacements(
     aligned: FullModel, unaligned: FullModel | None, tensors: tuple[str, ...], scratch: Scratch
 ) -> Iterator[_Displaced | None]:
-    """V of each tensor; None without an unaligned model. Each is gone when the next one comes; what of it nobody used
-    is read and checked then.
+    """V of each tensor; None without an unaligned model, and of what is no module, which is only checked. Each is gone
+    when the next one comes; what of it nobody used is read and checked then.
 
     Raises:
         CheckpointError: NaN or Inf.
@@ -413,14 +422,38 @@ def _displacements(
     if unaligned is None:
         yield from itertools.repeat(None, len(tensors))
         return
-    for tensor, pairs in _blocks_ahead(aligned, unaligned, tensors, scratch.ring):
+    is_module = {tensor: bool(module_views(aligned, tensor)) for tensor in tensors}
+    modules = tuple(tensor for tensor in tensors if is_module[tensor])
+    displaced = _module_displacements(aligned, unaligned, modules, scratch)
+    with ThreadPoolExecutor(1) as checker:
+        others = checker.submit(_check_finite, aligned, unaligned, [t for t in tensors if not is_module[t]])
+        for tensor in tensors:
+            yield next(displaced) if is_module[tensor] else None
+        for _ in displaced:
+            pass  # the last one is checked
+        others.result()
+
+
+def _module_displacements(
+    aligned: FullModel, unaligned: FullModel, modules: tuple[str, ...], scratch: Scratch
+) -> Iterator[_Displaced]:
+    for tensor, pairs in _blocks_ahead(aligned, unaligned, modules, scratch.ring):
         rows, columns = _matrix_shape(aligned.tensors[tensor])
-        views = module_views(aligned, tensor)
         # Of stacked experts each is looked at apart: reading all of them for each would take E passes.
-        keep = bool(views) and (len(views) > 1 or rows * columns * 4 <= RESIDENT_BYTES)
+        keep = len(module_views(aligned, tensor)) > 1 or rows * columns * 4 <= RESIDENT_BYTES
         v = _Displaced(aligned, unaligned, tensor, pairs, scratch.v, keep)
         yield v
         v.norm()
+
+
+def _check_finite(aligned: FullModel, unaligned: FullModel, tensors: list[str]) -> None:
+    """
+    Raises:
+        CheckpointError: NaN or Inf.
+    """
+    for tensor in tensors:
+        if not all(_is_finite(model.folder, model.tensors[tensor]) for model in (aligned, unaligned)):
+            raise _not_finite(aligned, unaligned, tensor)
 
 
 def _float32(memory: Memory, rows: int, columns: int) -> torch.Tensor:

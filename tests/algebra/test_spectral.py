@@ -203,8 +203,8 @@ def test_leading_directions_of_streamed_blocks_equal_those_in_memory() -> None:
     streamed = RowBlocks((190, 170), v.dtype, blocks)
     for k in (5, 20):  # iterated, and an SVD
         one, many = (leading_directions(x, k, seeded(7)) for x in (RowBlocks.of(v), streamed))
-        for x, y in zip(one, many, strict=True):
-            torch.testing.assert_close(x, y, rtol=0.0, atol=1e-8)
+        torch.testing.assert_close(one.values, many.values)
+        torch.testing.assert_close(dense_of(one), dense_of(many), rtol=0.0, atol=1e-8)  # a pair may change its signs
 
 
 @settings(deadline=None, max_examples=40)
