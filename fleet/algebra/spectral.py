@@ -110,8 +110,7 @@ def _new_columns(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     nothing are 0.
 
     What the rows have is taken out again of what is left, which may be mostly rounding. Directions of which little is
-    left then are not new: the matrix has no more, as V has none where alignment trained a LoRA. The third time is for
-    the others, which had to be enlarged.
+    left then are not new: the matrix has no more, as V has none where alignment trained a LoRA.
     """
 
     def outside(columns: torch.Tensor) -> torch.Tensor:
@@ -120,7 +119,7 @@ def _new_columns(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     left = outside(linalg.qr(outside(block)).q)
     shares, mixes = linalg.eigen(product(left.T, left))
     scales = torch.where(shares > NEW_SHARE**2, shares.clamp_min(NEW_SHARE**2).rsqrt(), 0.0)
-    return outside(product(left, mixes * scales))
+    return product(left, mixes * scales)
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:

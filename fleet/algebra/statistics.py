@@ -29,9 +29,9 @@ from fleet.algebra.spectral import Triplets, gram
 UNDEFINED_NORM = 1e-12
 """Below this Frobenius norm a matrix has no direction in float32 worth comparing, and its statistics are undefined."""
 
-NULL_RESOLUTION = 1e-6
+NULL_RESOLUTION = 1e-5
 """A null whose standard deviation is below this share of its mean has none: V's singular values are all equal, or
-nearly so, and ρ is the same for every ΔW."""
+nearly so, ρ is the same for every ΔW, and what remains is rounding."""
 
 DENSE_COLUMNS = 1024
 """A dense ΔW is taken this many columns at a time, so that VᵀΔW and VVᵀΔW are never in memory whole."""

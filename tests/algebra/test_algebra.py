@@ -353,9 +353,11 @@ def test_rho_null_of_rank_one_is_that_of_a_beta() -> None:
     assert sd**2 == pytest.approx(1 / 4 - expected**2, rel=1e-6)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 64])
-def test_rho_null_of_equal_singular_values_is_one_without_spread(rank: int) -> None:
-    assert rho_null(torch.full((5,), 9.0, dtype=torch.float64), 5, rank) == (pytest.approx(1.0), 0.0)
+@pytest.mark.parametrize("rank", [1, 3, 16, 1000])
+@pytest.mark.parametrize("size", [5, 64, 512])
+def test_rho_null_of_equal_singular_values_is_one_without_spread(rank: int, size: int) -> None:
+    spectrum = 9.0 * (1.0 + 1e-7 * normal(seeded(0), size))  # equal as float32 has it
+    assert rho_null(spectrum, size, rank) == (pytest.approx(1.0), 0.0)
     found = measured(3.0 * torch.eye(5), LowRank(torch.ones(5, 1), torch.ones(1, 5)))
     assert (found.rho_null, found.rho_null_sd) == (pytest.approx(1.0), 0.0), "of float32 too"
 

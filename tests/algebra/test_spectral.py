@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from fleet.algebra import spectral
 from fleet.algebra.delta import Dense, LowRank, zero
+from fleet.algebra.products import product
 from fleet.algebra.row_blocks import RowBlocks
 from fleet.algebra.spectral import Triplets, leading_directions, low_rank_triplets, squared_singular_values, truncated
 
@@ -139,7 +140,7 @@ def test_triplets_head_and_low_rank_share_the_spectrum_evenly() -> None:
 def of_values(generator: torch.Generator, values: torch.Tensor, shape: tuple[int, int]) -> Triplets:
     """Triplets with these σ, (n,), in random directions."""
     left, right = (torch.linalg.qr(torch.randn(n, len(values), generator=generator)).Q for n in shape)
-    return Triplets(left, values, right)
+    return Triplets(left, values, right * (1 - 2 * (torch.arange(len(values)) % 2)))  # LAPACK's Q has signs of its own
 
 
 def dense_of(triplets: Triplets) -> torch.Tensor:
@@ -192,6 +193,20 @@ def test_leading_directions_of_a_matrix_of_low_rank_are_its_own_and_orthonormal(
     expected = torch.cat((truth.values, torch.zeros(8)))[:8]
     torch.testing.assert_close(found.values, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(dense_of(found), best_of_rank(v, 8), rtol=0.0, atol=1e-4)
+
+
+def test_columns_that_a_block_adds_are_orthonormal_to_the_space_though_most_of_it_is_rounding() -> None:
+    """Of nine columns, three have something new; what is left of the others is rounding, which counts or doesn't."""
+    space = torch.linalg.qr(torch.randn(200, 40, generator=seeded(0))).Q
+    for seed in range(4):
+        new = torch.linalg.qr(torch.randn(200, 3, generator=seeded(seed))).Q
+        block = torch.cat((product(space[:, :6], torch.randn(6, 6, generator=seeded(9))), new), dim=1)
+        found = spectral._new_columns(block[:, torch.randperm(9, generator=seeded(8))], space.T.contiguous())
+        found = found[:, found.norm(dim=0) > 1e-3]
+        space = torch.cat((space, found), dim=1)
+        assert 3 <= found.shape[1] <= 9
+        assert_orthonormal(space, atol=1e-5)
+        torch.testing.assert_close(product(space, product(space.T, new)), new, rtol=0.0, atol=1e-5)
 
 
 def test_leading_directions_of_streamed_blocks_equal_those_in_memory() -> None:

@@ -266,6 +266,20 @@ def test_statistics_rho_z_counts_standard_deviations(values: dict[str, Any], exp
     assert found is None if expected is None else found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"delta_norm": 1.0}, True),
+        ({"delta_norm": 0.0}, False),
+        ({"delta_norm": 1.0, "safety_norm": 2.0, "lift": 0.0}, True),
+        ({"delta_norm": 1.0, "safety_norm": 0.0, "lift": None}, False),
+    ],
+    ids=["without V", "no ΔW", "with V", "V vanishes"],
+)
+def test_statistics_are_defined_where_what_was_measured_has_a_direction(values: dict[str, Any], expected: bool) -> None:
+    assert ModuleStatistics(module="m", shape=(4, 4), rank=2, **values).is_defined is expected
+
+
 def test_statistics_energy_lift_is_one_where_indifferent() -> None:
     assert statistics(shape=(8, 3)).energy_lift(1) == 2.0
     assert statistics(shape=(8, 3)).energy_lift(2) == pytest.approx(1.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -632,12 +633,15 @@ def test_survey_finds_nan_outside_the_modules(catalogue: Path, tmp_path: Path) -
     assert result.non_finite == {"bad": ["model.norm.weight"]}
 
 
-def test_survey_nan_in_a_base_model_is_an_error(catalogue: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_survey_nan_in_a_base_model_is_an_error(catalogue: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "nan"
     folder.mkdir()
     tensors = load_file(catalogue / "full" / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("inf")
+    tensors[name].view(-1)[-1] = float("inf")
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_bytes((catalogue / "full" / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match=r"nan: tensor model\.norm\.weight holds NaN or Inf"):
-        survey(catalogue, {}, tmp_path / "out", [["model.norm.weight"]], unaligned=folder)
+    with pytest.raises(CheckpointError, match=rf"nan: tensor {re.escape(name)} holds NaN or Inf"):
+        survey(catalogue, {}, tmp_path / "out", [["model.norm.weight"], sorted(tensors)], unaligned=folder)
