@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from evals.coherence import Coherence
 from evals.judges import JudgeField, RuleJudge
@@ -13,6 +14,13 @@ from evals.suites.limit import Limit
 from evals.suites.published import DataPolicy
 from fleet.core.frozen import Frozen
 from fleet.core.uris import Uri
+
+
+def _day(value: Any) -> Any:
+    """Refuse what pydantic would take for a date too: seconds since 1970, and times of a day."""
+    if value is None or isinstance(value, datetime.date) or re.fullmatch(r"\d{4}-\d\d-\d\d", str(value)):
+        return value
+    raise ValueError(f"is {value!r}, but must be a day, written as 2026-11-25")
 
 
 class EarlyStop(Frozen):
@@ -59,7 +67,7 @@ class Evaluation(Frozen):
     chat_template: Literal["own", "aligned"] | Uri = "own"
     """With which chat template a candidate is prompted: `own` is each model's, and the aligned model's where a model
     has none, which is said; `aligned` is that one for all; else a file with a Jinja template for all."""
-    date: datetime.date | None = None
+    date: Annotated[datetime.date | None, BeforeValidator(_day)] = None
     """The date that a chat template writes which asks for it (Llama 3's do), as 2026-11-25; the day of planning if not
     given. Scores, and masks, of such a template are of that date, and are made anew on another."""
     early_stop: EarlyStop | None = None

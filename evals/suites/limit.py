@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -18,7 +19,7 @@ def limit_value(value: Any) -> int | float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"is {value!r}, but must be a whole number of at least 1, or a share between 0 and 1")
-    if value >= 1 and value == int(value):
+    if value >= 1 and isfinite(value) and value == int(value):
         return int(value)
     if not 0 < value < 1:
         raise ValueError(f"is {value!r}, but must be a whole number of at least 1, or a share between 0 and 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -59,10 +60,13 @@ def load_suite(
     if path.name == PACKED_TASK:
         return unpacked_task(path)
     if path.suffix == ".yaml":
+        if not path.is_absolute() and not os.path.isfile(path):
+            raise SuiteError(f"suite {path}: no such file; a manifest has a suite's name, such as {path.stem}")
         return _read_suite(path, allowed, folders)
     name = str(name_or_path)
     for folder in folders:
-        if (file := folder / f"{name}.yaml").is_file():
+        # Not Path.is_file(), which raises for a name that is too long for a file.
+        if os.path.isfile(file := folder / f"{name}.yaml"):
             return _read_suite(file, allowed, folders)
     if name in READERS:
         reader = _allowed(f"suite {name}", name, allowed)
@@ -77,7 +81,7 @@ def load_suite(
 def _read_suite(path: Path, policy: DataPolicy, folders: Sequence[Path]) -> Suite:
     config = read_yaml(path)
     if "suite" in config:
-        return _own_prompt_suite(path, config, policy)
+        return _own_prompt_suite(path, read_yaml(path, unique=True), policy)
     if {"task", "group", "include"} & config.keys():
         return task_suite(path, folders)
     raise SuiteError(f"{path}: neither `suite:` (prompts) nor `task:` or `group:` (of lm-eval) is there")
@@ -87,7 +91,7 @@ def _own_prompt_suite(path: Path, config: Mapping[str, Json], policy: DataPolicy
     def wrong(what: str) -> SuiteError:
         return SuiteError(f"{path}: {what}")
 
-    if unknown := sorted(config.keys() - _PROMPT_FIELDS):
+    if unknown := sorted(map(str, config.keys() - _PROMPT_FIELDS)):
         known = ", ".join(sorted(_PROMPT_FIELDS))
         raise wrong(f"unknown field {', '.join(unknown)}; a prompt suite has {known}")
     published = config.get("reader")

@@ -65,7 +65,10 @@ class LocalData:
             or any(file.suffix not in (".jsonl", ".ndjson") for file in files)
         ):
             return None
-        return sum(1 for file in files for _ in json_lines(file.read_bytes(), str(file), SuiteError))
+        texts = {file: decode_text(file.read_bytes(), str(file), SuiteError) for file in files}
+        if any(text.lstrip().startswith("[") for text in texts.values()):
+            return None  # one array, which `datasets` takes too
+        return sum(1 for file, text in texts.items() for _ in json_lines(text.encode(), str(file), SuiteError))
 
 
 def local_data(path: Path, config: Mapping[str, Json]) -> LocalData | None:
@@ -94,6 +97,7 @@ def local_data(path: Path, config: Mapping[str, Json]) -> LocalData | None:
     else:
         return None
     data = _with_splits(path, data, config)
+    _check_form(path, data, _asked_splits(path, config))
     if {"encoding", "encoding_errors"} & options.keys():
         return replace(data, is_utf8=False)
     _check_encoding(data)
@@ -206,6 +210,23 @@ def _asked_splits(path: Path, config: Mapping[str, Json]) -> set[str]:
     if isinstance(options, dict):
         examples = test if "samples" in options else options.get("split") or examples
     return {str(test), str(examples)}
+
+
+def _check_form(path: Path, data: LocalData, asked: set[str]) -> None:
+    """Refuse a split that is read and has no row, and Parquet that is taken for another form or the reverse, which
+    `datasets` would find out when the engine is up."""
+    for split in sorted(asked):
+        files = data.splits[split]
+        if not any(file.stat().st_size for file in files):
+            raise SuiteError(
+                f"{path}: the split {split} has no rows: {some([str(file) for file in files]) or 'it lists no file'}"
+            )
+    for file in data.files:
+        with open(file, "rb") as opened:
+            is_parquet = opened.read(4) == b"PAR1"
+        if is_parquet != (data.format == "parquet") and file.stat().st_size:
+            form = "parquet" if is_parquet else _format(path, [file])
+            raise SuiteError(f"{path}: {file} is not {data.format}; write dataset_path: {form}")
 
 
 def _check_encoding(data: LocalData) -> None:

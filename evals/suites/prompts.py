@@ -46,7 +46,7 @@ class Form:
     """Which columns of a row mean what. Of several names the first that a row has counts: copies differ."""
 
     prompt: tuple[str, ...]
-    """A text, or a list that begins with one."""
+    """A text, or a list of one."""
     category: tuple[str, ...] = ("category",)
     context: tuple[str, ...] = ()
     language: str = ""
@@ -105,9 +105,9 @@ def jsonl(prompts: Sequence[Prompt]) -> bytes:
 
 def _cell(row: Mapping[str, Json], names: tuple[str, ...]) -> str:
     value = next((row[name] for name in names if name in row), None)
-    if isinstance(value, list) and value:
+    if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return value if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+    return value if isinstance(value, str) else str(value) if type(value) is int else ""
 
 
 def _file_rows(file: Path, header: bool) -> Iterator[LocatedRow]:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from jinja2 import Environment, TemplateSyntaxError
+
 from evals.suites.limit import limit_value
 from evals.suites.local_data import local_data
 from evals.suites.published import READERS
@@ -31,12 +33,17 @@ from evals.suites.task_index import (
     read_definition,
     task_yaml,
 )
-from evals.suites.yaml_files import functions
+from evals.suites.yaml_files import FunctionName, functions
 from fleet.core.errors import SuiteError, some
 from fleet.core.identity import Json
 
 DRAWS_VERSION = 2
 """Bumped by hand when a task that samples would draw other completions; no other task's digest has it."""
+
+_OUTPUT_TYPES = ("generate_until", "multiple_choice", "loglikelihood", "loglikelihood_rolling")
+
+_TEMPLATE_FIELDS = ("description", "doc_to_text", "doc_to_target", "doc_to_choice")
+"""Fields of a task that lm-eval reads as Jinja."""
 
 _FIRST_METRIC = {"loglikelihood": "perplexity", "loglikelihood_rolling": "word_perplexity", "multiple_choice": "acc"}
 """Kind of output -> lm-eval's first metric, where a task names none; else it is exact_match."""
@@ -56,6 +63,8 @@ def task_suite(path: Path, folders: Sequence[Path] = ()) -> Suite:
     """
     definition = read_definition(path)
     if definition.is_group:
+        if not definition.name:
+            raise SuiteError(f"{path}: group is {definition.config['group']!r}, but must be one group's name")
         index = TaskIndex.of(dict.fromkeys([path.parent, *folders])) | lm_eval_index()
         return _own_suite(definition, index.group_members(definition))
     if not definition.name:
@@ -148,8 +157,34 @@ def _part(member: Member) -> TaskPart:
     where = member.files[-1] if member.files else Path(member.name)
     if any(True for _ in functions(dict(member.overrides))):
         raise SuiteError(f"task {member.name}: its group names a !function for it; write it into the task's own YAML")
+    if not is_lm_evals(where):
+        _check_fields(where, member.merged)
     data = None if is_lm_evals(where) else local_data(where, member.merged)
     return TaskPart(member.name, member.files, member.overrides, data)
+
+
+def _check_fields(path: Path, config: Mapping[str, Json]) -> None:
+    """Refuse what lm-eval would refuse in a task of one's own, when the engine is up.
+
+    Raises:
+        SuiteError: It names the field.
+    """
+    if "class" in config:
+        return
+    if not config.get("dataset_path") and "custom_dataset" not in config:
+        raise SuiteError(
+            f"{path}: dataset_path is missing: `json` with dataset_kwargs.data_files, or a data set's name"
+        )
+    kind = config.get("output_type", "generate_until")
+    if kind not in _OUTPUT_TYPES:
+        raise SuiteError(f"{path}: output_type is {kind!r}, but must be one of {', '.join(_OUTPUT_TYPES)}")
+    for name in _TEMPLATE_FIELDS:
+        text = config.get(name)
+        if isinstance(text, str) and not isinstance(text, FunctionName):
+            try:
+                Environment().parse(text)
+            except TemplateSyntaxError as error:
+                raise SuiteError(f"{path}: {name}: line {error.lineno} of the template: {error.message}") from error
 
 
 def _data_files(part: TaskPart) -> tuple[Path, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import glob
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,17 +27,37 @@ class _Loader(_SafeLoader):
     """YAML in which code is named, and not run."""
 
 
+class _UniqueLoader(_Loader):
+    """The same, and no field is there twice, of which YAML's readers take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} is there twice; leave one", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 _Loader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(cast(Any, node))))
 
 
-def read_yaml(path: Path) -> dict[str, Json]:
+def read_yaml(path: Path, unique: bool = False) -> dict[str, Json]:
     """The fields of a YAML file.
+
+    Args:
+        unique: Whether a field that is there twice is refused; lm-eval takes the last, and has such tasks.
 
     Raises:
         SuiteError: It cannot be read, or is no mapping.
     """
+    loader = _UniqueLoader if unique else _Loader
     try:
-        config: Any = yaml.load(decode_text(path.read_bytes(), str(path), SuiteError), Loader=_Loader)
+        config: Any = yaml.load(decode_text(path.read_bytes(), str(path), SuiteError), Loader=loader)
+    except RecursionError as error:
+        raise SuiteError(f"{path}: no valid YAML: it is nested too deeply") from error
     except OSError as error:
         raise SuiteError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -47,15 +68,19 @@ def read_yaml(path: Path) -> dict[str, Json]:
 
 
 def functions(value: object) -> Iterator[FunctionName]:
-    """Every piece of code that a YAML's value names."""
-    if isinstance(value, FunctionName):
-        yield value
-    elif isinstance(value, dict):
-        for item in cast(Mapping[object, object], value).values():
-            yield from functions(item)
-    elif isinstance(value, list):
-        for item in cast(list[object], value):
-            yield from functions(item)
+    """Every piece of code that a YAML's value names.
+
+    What an alias repeats is looked at once: aliases of aliases grow without bounds, and one may contain itself.
+    """
+    todo, seen = [value], set[int]()
+    while todo:
+        item = todo.pop()
+        if isinstance(item, FunctionName):
+            yield item
+        elif isinstance(item, dict | list) and id(item) not in seen:
+            seen.add(id(item))
+            inner = item.values() if isinstance(item, dict) else item
+            todo += reversed([*cast(Iterable[object], inner)])
 
 
 def data_files(path: Path, value: object) -> list[Path]:
@@ -65,7 +90,8 @@ def data_files(path: Path, value: object) -> list[Path]:
         SuiteError: There is none, or the value is no name.
     """
     if isinstance(value, str) and "*" in value and "://" not in value:
-        if not (found := sorted(path.parent.glob(value))):
+        matches = map(Path, glob.glob(str(Path(glob.escape(str(path.parent)), value)), recursive=True))
+        if not (found := sorted(file for file in matches if file.is_file())):
             raise SuiteError(f"{path}: data: no file matches {path.parent / value}")
         return found
     return [data_file(path, value, "data")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fleet.checkpoint.headers import read_json
 from fleet.core.errors import CheckpointError
@@ -20,6 +22,9 @@ from fleet.store import Folder
 _TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates/default.jinja")
 _TEMPLATE_FIELDS = ("tokenizer_config.json", "chat_template.json")
 """Files with a field `chat_template`: a tokenizer's, and a processor's of old."""
+
+_SAID = "How are you"
+"""What a user says to a template that is tried."""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """transformers' own tag, around what an assistant says."""
@@ -94,6 +99,37 @@ def check_chat_template(where: str, text: str) -> None:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", text))
     except TemplateSyntaxError as e:
         raise CheckpointError(f"{where}: line {e.lineno} of the chat template: {e.message}") from e
+
+
+def check_asks(where: str, text: str) -> None:
+    """Look whether a template puts what a user says into the prompt, by writing one turn as transformers does.
+
+    Raises:
+        CheckpointError: it fails, or what it writes doesn't depend on what is said; begins with `where`.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value)
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime(2026, 11, 25).strftime}
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+
+    def prompt(content: Json) -> str:
+        turns = [{"role": "user", "content": content}]
+        return template.render(messages=turns, add_generation_prompt=True, tools=None, documents=None, **tokens)
+
+    try:
+        template = environment.from_string(_GENERATION_TAG.sub("", text))
+        # Templates of models that also see take a list, which vLLM makes of a text.
+        asks = _SAID in prompt(_SAID) or _SAID in prompt([{"type": "text", "text": _SAID}])
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as e:
+        raise CheckpointError(f"{where}: the chat template takes no conversation of one user's turn: {e}") from e
+    if not asks:
+        raise CheckpointError(f"{where}: the chat template writes the same whatever a user says; is it another file?")
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
 
 
 class _Chatting(Protocol):

@@ -6,12 +6,14 @@ same models. They are for what doesn't change while a process runs: artifacts, p
 
 from __future__ import annotations
 
+from fleet.checkpoint.advice import advice
 from fleet.checkpoint.curvature import Curvature, read_curvature
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import HEADERS_CACHE_BYTES, TENSOR_BYTES
 from fleet.checkpoint.heads import open_base_folder
 from fleet.checkpoint.model import Model, read_model, require_full_model
 from fleet.checkpoint.vocabulary import VOCABULARY_SCHEME, open_in_vocabulary
+from fleet.core.errors import CheckpointError
 from fleet.core.sized_cache import SizedCache
 from fleet.store import Folder, open_folder
 
@@ -21,8 +23,11 @@ def open_model_folder(uri: str) -> Folder:
 
     Raises:
         SourceError: as `open_folder`.
-        CheckpointError: the models that a vocabulary is made of can't be read, or don't go together.
+        CheckpointError: it is a file of llama.cpp's, or the models that a vocabulary is made of can't be read, or don't
+            go together.
     """
+    if uri.lower().endswith(".gguf"):
+        raise CheckpointError(f"{uri}: {advice('model', [uri.rpartition('/')[2]])}")
     return open_in_vocabulary(uri) if uri.startswith(VOCABULARY_SCHEME) else open_base_folder(uri)
 
 

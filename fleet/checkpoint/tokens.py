@@ -148,7 +148,10 @@ def tokenizer_of(folder: Folder) -> Tokenizer:
     from tokenizers import Tokenizer
 
     tokenizer_json(folder)
-    return Tokenizer.from_str(folder.read(TOKENIZER).decode())
+    try:
+        return Tokenizer.from_str(folder.read(TOKENIZER).decode())
+    except Exception as e:  # the library raises no class of its own
+        raise CheckpointError(f"{folder.uri}/{TOKENIZER}: no tokenizer that can be read ({e}); save it again") from e
 
 
 _full_models: SizedCache[str, FullModel] = SizedCache(

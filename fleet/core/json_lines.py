@@ -17,6 +17,14 @@ from fleet.core.identity import Json
 
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
+_KINDS = {
+    b"\x1f\x8b": "packed with gzip",
+    b"PK\x03\x04": "a ZIP",
+    b"PAR1": "Parquet",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+}
+"""First bytes of a file -> what it is."""
+
 
 def decode_text(data: bytes, where: str, error: type[InputError] = InputError) -> str:
     """The text of a file, without its byte order mark.
@@ -57,9 +65,22 @@ def json_lines(data: bytes, where: str, error: type[InputError] = InputError) ->
         InputError: It is no UTF-8, or a line is not one JSON value, has a key twice in one object, or half of a
             character; the message has the line.
     """
-    for number, line in enumerate(decode_text(data, where, error).split("\n"), start=1):
+    _check_text_file(data, where, error)
+    text = decode_text(data, where, error)
+    if text.lstrip().startswith("["):
+        raise error(
+            f"{where}: holds a JSON array, and not an object on each line; `jq -c '.[]' FILE > NEW.jsonl` writes these"
+        )
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, json_value(line, f"{where}: line {number}", error)
+
+
+def _check_text_file(data: bytes, where: str, error: type[InputError]) -> None:
+    """Refuse what is no text by its first bytes, so that nobody is told to save it in another encoding."""
+    for start, kind in _KINDS.items():
+        if data.startswith(start):
+            raise error(f"{where}: is {kind}, and not JSON lines; give the rows as text, one JSON object a line")
 
 
 def json_value(text: str, where: str, error: type[InputError] = InputError) -> Json:
@@ -69,9 +90,9 @@ def json_value(text: str, where: str, error: type[InputError] = InputError) -> J
         InputError: It is not one JSON value, or has a key twice in one object, or half of a character.
     """
     try:
-        value = cast(Json, json.loads(text, object_pairs_hook=_unique_keys))
+        value = cast(Json, json.loads(text, object_pairs_hook=unique_keys))
         if "\\u" in text:
-            _refuse_halves(value)
+            refuse_halves(value)
     except json.JSONDecodeError as e:
         place = f"line {e.lineno}, column {e.colno}" if "\n" in text.strip() else f"column {e.colno}"
         raise error(f"{where}: not JSON: {e.msg} at {place}") from e
@@ -80,8 +101,12 @@ def json_value(text: str, where: str, error: type[InputError] = InputError) -> J
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse an object with a key twice, of which Python would silently keep the last."""
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, as `json.loads` gives its pairs.
+
+    Raises:
+        ValueError: A key is there twice, of which Python would silently keep the last.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -89,8 +114,12 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _refuse_halves(value: object) -> None:
-    """Refuse an escaped half of a character beyond U+FFFF: it is no text, and can't be written or hashed."""
+def refuse_halves(value: object) -> None:
+    """Refuse an escaped half of a character beyond U+FFFF: it is no text, and can't be written or hashed.
+
+    Raises:
+        ValueError: It has the half.
+    """
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:

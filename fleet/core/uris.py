@@ -14,8 +14,11 @@ def absolute(value: str, info: ValidationInfo) -> str:
     """A relative path, from the folder in the validation context; `~` is the home folder; what has a scheme stays.
 
     Raises:
-        ValueError: it names an environment variable, of which a record couldn't tell what it was.
+        ValueError: it has a space around it or a control character in it, or names an environment variable, of which a
+            record couldn't tell what it was.
     """
+    if re.search(r"[\x00-\x1f\x7f]", value) or value != value.strip():
+        raise ValueError(f"{value!r}: has a space around it or a control character in it; take it out")
     context: dict[str, object] = info.context or {}
     root = context.get("root")
     if root is None or re.match(r"[A-Za-z0-9]+://", value):

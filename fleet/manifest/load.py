@@ -11,8 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from fleet.core.errors import ManifestError
 from fleet.core.identity import Json
+from fleet.core.json_lines import decode_text, refuse_halves, unique_keys
 from fleet.manifest.mistakes import describe
-from fleet.manifest.schema import Manifest, refuse_duplicates
+from fleet.manifest.schema import Manifest
+
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+"""Python's words -> JSON's."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -33,21 +37,22 @@ def read_json(path: Path) -> object:
         ManifestError: the file is missing, is not JSON, or has a key twice in one object.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError as e:
         raise ManifestError(f"{path}: no such manifest") from e
     except IsADirectoryError as e:
         raise ManifestError(f"{path}: a folder; give the manifest in it, such as {path / 'models.json'}") from e
-    except UnicodeDecodeError as e:
-        raise ManifestError(f"{path}: not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except OSError as e:
         raise ManifestError(f"{path}: can't be read ({e.strerror})") from e
+    text = decode_text(data, str(path), ManifestError)
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        document = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+        refuse_halves(document)
     except RecursionError as e:
         raise ManifestError(f"{path}: not a manifest: it is nested too deeply") from e
     except ValueError as e:
-        raise ManifestError(f"{path}: not valid JSON: {e}{_yaml_hint(path, text)}") from e
+        raise ManifestError(f"{path}: not valid JSON: {e}{_yaml_hint(path, text) or _hint(e, text)}") from e
+    return document
 
 
 def parse(kind: type[_Model], document: object, root: Path, where: str) -> _Model:
@@ -62,12 +67,6 @@ def parse(kind: type[_Model], document: object, root: Path, where: str) -> _Mode
         raise ManifestError(f"{where}: " + "; ".join(describe(e, kind, cast("Json", document)))) from e
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse an object with a key twice, of which Python would silently keep the last."""
-    refuse_duplicates("object", [key for key, _ in pairs])
-    return dict(pairs)
-
-
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is no number in JSON")
 
@@ -78,6 +77,24 @@ def _yaml_hint(path: Path, text: str) -> str:
         return ""
     convert = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=2)"
     return f"; it looks like YAML, and a manifest is JSON: python -c '{convert}' < {path} > models.json"
+
+
+def _hint(error: ValueError, text: str) -> str:
+    """What to do with what people write that is no JSON, by the character where reading stopped."""
+    if not text.strip():
+        return "; the file is empty"
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    if after.startswith(("//", "/*", "#")):
+        return "; JSON has no comments: take it out"
+    if after.startswith("'"):
+        return '; JSON has texts in double quotes, "'
+    if after.startswith(("}", "]")) and before.endswith(","):
+        return "; take out the comma before it"
+    if word := re.match(r"True|False|None", after):
+        return f"; JSON writes {_WORDS[word[0]]}"
+    return ""
 
 
 def manifest_schema() -> str:

@@ -151,14 +151,18 @@ def _message(error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx") or {}
     if kind in _SIMPLE:
         return _SIMPLE[kind]
+    if kind in ("too_short", "string_too_short") and not error["input"]:
+        return "is empty" if kind == "string_too_short" else "is empty; it needs at least one"
+    if kind == "string_too_long":
+        return f"has {len(error['input'])} characters; at most {context['max_length']} are taken"
     if kind == "union_tag_not_found":
         return f"no {str(context['discriminator']).strip(chr(39))} is given; add the field that says which one it is"
     if kind == "union_tag_invalid":
         names = re.findall(r"'([^']*)'", str(context["expected_tags"]))
         tag = str(context["discriminator"]).strip("'")
         return f"no {tag} is called {context['tag']!r}; {_choice(str(context['tag']), names)}"
-    if kind == "literal_error" and isinstance(error["input"], str):
-        names = re.findall(r"'([^']*)'", str(context["expected"]))
+    names = re.findall(r"'([^']*)'", str(context.get("expected")))
+    if kind == "literal_error" and isinstance(error["input"], str) and names:
         return f"{error['input']!r} isn't known here; {_choice(error['input'], names)}"
     if kind == "string_pattern_mismatch":
         return f"{error['input']!r} doesn't match {context['pattern']}: correct the spelling"
@@ -173,8 +177,10 @@ def _choice(given: str, names: Sequence[str]) -> str:
 
 def _close(given: str, names: Iterable[str]) -> str | None:
     plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in names}
-    found = difflib.get_close_matches(re.sub(r"[^a-z0-9]", "", given.lower()), plain, n=1, cutoff=0.7)
-    return plain[found[0]] if found else None
+    word = re.sub(r"[^a-z0-9]", "", given.lower())
+    found = difflib.get_close_matches(word, plain, n=1, cutoff=0.7)
+    found = found or [name for name in plain if len(word) > 3 and name.startswith(word)]
+    return plain[found[0]] if len(found) == 1 else None
 
 
 def _per_cent(error: ErrorDetails) -> str:

@@ -24,14 +24,24 @@ RESERVED_NAMES = ("aligned", "unaligned", "safety")
 
 
 def _absolute_tracking(value: str, info: ValidationInfo) -> str:
-    if re.match(r"sqlite(\+\w+)?:", value):
+    value = re.sub(r"^[A-Za-z]+(?=:)", lambda scheme: scheme[0].lower(), value)
+    if driver := re.match(r"sqlite\+(\w+):", value):
+        raise ValueError(f"MLflow takes no driver {driver[1]} of SQLite; write sqlite:///mlflow.db")
+    if value.startswith("sqlite:"):
         if (file := re.fullmatch(r"sqlite:///(?!:memory:)(.+)", value)) is None:
             raise ValueError(f"{value} names no file that stays; write sqlite:///mlflow.db")
         return f"sqlite:///{absolute(file[1], info)}"
-    if value != "databricks" and re.match(r"(?!file:)[a-z0-9+-]+://", value) is None:
-        raise ValueError(
-            f"MLflow keeps runs in no plain folder or file any more; write sqlite:///{value or 'mlflow.db'}"
-        )
+    if value in ("databricks", "databricks-uc"):
+        return value
+    if server := re.fullmatch(r"(?:https?:/*)?((?:localhost|[\w.-]+(?=:\d))(?::\d+)?(?:/.*)?)", value):
+        if not re.match(r"https?://", value):
+            raise ValueError(f"{value} is no address; of a server, write http://{server[1]}")
+    elif re.match(r"https?:(?!//.)", value):
+        raise ValueError(f"{value} is no address; of a server, write http://HOST:5000")
+    elif re.match(r"(?!file:)[a-z0-9+-]+://.", value) is None:
+        path = re.sub(r"^[a-z]+:/*(?=/)|/+$", "", value)
+        file = path if path.endswith((".db", ".sqlite", ".sqlite3")) else f"{path}/mlflow.db"
+        raise ValueError(f"MLflow keeps runs in no plain folder or file any more; write sqlite:///{file}")
     return value
 
 

@@ -21,7 +21,7 @@ from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_requests
 from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.belongs import check_belongs, check_head
-from fleet.checkpoint.chat_templates import ChatTemplate, check_chat_template, read_chat_template
+from fleet.checkpoint.chat_templates import ChatTemplate, check_asks, check_chat_template, read_chat_template
 from fleet.checkpoint.companions import is_vocabulary
 from fleet.checkpoint.configs import prepare_differences
 from fleet.checkpoint.curvature import read_curvature
@@ -32,8 +32,9 @@ from fleet.checkpoint.model import content_identity, read_model, require_full_mo
 from fleet.checkpoint.opened import open_model_folder
 from fleet.checkpoint.tokens import TOKENIZER, renumbered, tokenizer_of
 from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in
-from fleet.core.errors import CheckpointError, ManifestError, SuiteError
+from fleet.core.errors import CheckpointError, ManifestError, SourceError, SuiteError
 from fleet.core.identity import KEY_DIGITS, digest
+from fleet.core.json_lines import decode_text
 from fleet.manifest import Manifest
 from fleet.masks.files import MASK_FILE, MASK_JSON, read_granularity
 from fleet.masks.texts import TextSet, open_texts
@@ -151,17 +152,20 @@ def _open_template(uri: str) -> ChatTemplate | None:
     """The file that `evaluation.chat_template` names, if it names one.
 
     Raises:
-        CheckpointError: it holds no Jinja.
+        ManifestError: there is no such file.
+        CheckpointError: it holds no Jinja, or no template of a conversation.
     """
     if uri in ("own", "aligned"):
         return None
     folder, _, name = uri.rpartition("/")
-    where, data = f"evaluation.chat_template: {uri}", open_folder(folder).read(name)
+    where = f"evaluation.chat_template: {uri}"
     try:
-        text = data.decode()
-    except UnicodeDecodeError as e:
-        raise CheckpointError(f"{where}: is not UTF-8 ({e}); save it again") from e
+        data = open_folder(folder).read(name)
+    except SourceError as e:
+        raise ManifestError(f"{where}: can't be read; give own, aligned or a file with a Jinja template ({e})") from e
+    text = decode_text(data, where, CheckpointError)
     check_chat_template(where, text)
+    check_asks(where, text)
     return ChatTemplate(text, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fleet.checkpoint.chat_templates import ChatTemplate
+from fleet.checkpoint.chat_templates import ChatTemplate, check_asks
 from fleet.checkpoint.companions import is_prompting
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.headers import read_json
@@ -50,6 +50,7 @@ def check_prompting(context: PlanContext, scored: Mapping[str, Source]) -> None:
 
     Raises:
         ManifestError: a suite asks through a template, and a model has none.
+        CheckpointError: a template fails on a user's turn, or writes nothing of it.
     """
     suites = [suite for suite in context.suites.values() if suite.uses_chat_template]
     if not suites:
@@ -62,6 +63,9 @@ def check_prompting(context: PlanContext, scored: Mapping[str, Source]) -> None:
             "one; set evaluation.chat_template to a file with one, put a chat_template.jinja beside the tokenizer of "
             "base.aligned, or set chat: false in the suite"
         )
+    texts = {template.text: name for name, template in reversed(found.items()) if template is not None}
+    for text, name in texts.items():
+        check_asks(name, text)
     aligned = context.bases.aligned
     of_aligned = rowless_tokens(context.bases.aligned_model)
     for name, template in found.items():

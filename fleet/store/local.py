@@ -91,6 +91,8 @@ class LocalFolder:
 def _why_no_folder(path: Path) -> str:
     if path.exists():
         return "a file; give the folder that it is in"
+    if scheme := re.search(r"/(s3|https?):/", f"{path}/"):
+        return f"no such folder; an address has two slashes after its scheme: {scheme[1]}://"
     owner = re.fullmatch(r"(?:hf:)?([\w.-]+)", path.parent.name)
     if path.parent.exists() or owner is None:
         return "no such folder"

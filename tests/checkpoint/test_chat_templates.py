@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fleet.checkpoint.chat_templates import prompting, read_chat_template
+from fleet.checkpoint.chat_templates import check_asks, prompting, read_chat_template
 from fleet.core.errors import CheckpointError
 from fleet.store import open_folder
 from tests.pico import make_tokenizer
@@ -72,3 +72,33 @@ def test_prompting_writes_one_date_and_leaves_the_tokenizer_as_it_is(tmp_path: P
     assert texts == {"25 Nov 2026 000000"}
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "F"
     assert prompting(tokenizer, None, None) is tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("hello", "writes the same whatever a user says"),
+        ("", "writes the same whatever a user says"),
+        ("{{ raise_exception('only with a system turn') }}", "only with a system turn"),
+        ("{{ nothing(messages) }}", "'nothing' is undefined"),
+        ("{{ messages | nothing }}", "No filter named 'nothing'"),
+        ("{% include 'x' %}", "takes no conversation"),
+    ],
+)
+def test_chat_template_that_asks_nothing_is_refused(template: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^m: .*{message}"):
+        check_asks("m", template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ strftime_now('%d') }}{{ bos_token + messages[0].content }}",
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+        "{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m['content'] | trim }}{% endgeneration %}{% break %}{% endfor %}",
+        "{{ messages | tojson(indent=2) }}{% if tools %}{{ tools | tojson }}{% endif %}",
+    ],
+)
+def test_chat_template_that_asks_what_is_said_is_taken(template: str) -> None:
+    check_asks("m", template)

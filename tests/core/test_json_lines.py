@@ -36,7 +36,10 @@ def test_json_lines_numbers_count_every_line_of_the_file() -> None:
         (b'1\n{"a": 1} {"a": 2}', r"^f: line 2: not JSON"),
         (b'{"a": {"b": 1, "b": 2}}', r"^f: line 1: .*'b' is there twice"),
         (rb'{"a": "\ud83d"}', r"^f: line 1: .*\\ud83d is half of a character"),
-        (b"[" * 100_000, "^f: line 1: not JSON"),
+        (b"1\n" + b"[" * 100_000, "^f: line 2: not JSON"),
+        (b'\n[{"a": 1},\n {"a": 2}]', r"^f: holds a JSON array.*jq -c"),
+        (b"\x1f\x8b\x08\x00", "^f: is packed with gzip"),
+        (b"PAR1\x15\x04", "^f: is Parquet"),
     ],
 )
 def test_json_lines_what_is_no_row_is_one_line_with_its_place(data: bytes, message: str) -> None:

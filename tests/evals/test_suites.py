@@ -174,3 +174,54 @@ def test_planning_modules_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": true}', 'text "prompt"'),
+        ('{"prompt": ["first turn", "second turn"]}', 'text "prompt"'),
+    ],
+)
+def test_load_suite_prompt_that_would_be_cut_or_made_up_is_refused(tmp_path: Path, row: str, message: str) -> None:
+    with pytest.raises(SuiteError, match=message):
+        load_suite(write_prompts(tmp_path / "s", row + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("max_tokens: 9", "'max_tokens' is there twice; leave one"),
+        ("5: x\nfoo: y", "unknown field 5, foo"),
+        ("limit: .inf", "limit is inf, but must be"),
+        ("rules: {refusal: [x], refusal: [y], compliance: [z]}", "'refusal' is there twice"),
+    ],
+)
+def test_load_suite_yaml_fields_that_are_odd_are_one_line(tmp_path: Path, more: str, message: str) -> None:
+    path = write_prompts(tmp_path / "s", rules=None)
+    path.write_text("suite: mine\nkind: harmfulness\ndata: mine.jsonl\nmax_tokens: 8\n" + more + "\n")
+    with pytest.raises(SuiteError, match=message):
+        load_suite(path)
+
+
+def test_load_suite_name_longer_than_a_file_may_have_is_looked_up_like_any_other(tmp_path: Path) -> None:
+    name = "x" * 300
+    write_task(tmp_path / "s", task=name)
+    assert load_suite(name, [tmp_path / "s"]).name == name
+    with pytest.raises(SuiteError, match="no task of lm-eval"):
+        load_suite("y" * 300, [tmp_path / "s"])
+
+
+def test_load_suite_relative_path_that_is_not_there_says_to_give_a_name() -> None:
+    with pytest.raises(SuiteError, match=r"^suite suites/mine\.yaml: no such file; .* such as mine$"):
+        load_suite("suites/mine.yaml")
+
+
+def test_load_suite_data_by_an_absolute_pattern_is_found(tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "s[1]", data=f"{tmp_path}/other/*.jsonl")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.jsonl").write_text('{"prompt": "c"}\n')
+    assert read_prompts(load_suite(path)) == ["c"]
+    (tmp_path / "other" / "a.jsonl").unlink()
+    with pytest.raises(SuiteError, match="data: no file matches"):
+        load_suite(path)

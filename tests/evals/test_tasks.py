@@ -417,3 +417,43 @@ def test_travelled_task_with_files_above_it_and_lm_evals_own_include_loads(tmp_p
     shutil.rmtree(tmp_path / "here")
     (task,) = load_tasks(arrived)["tasks"].values()
     assert task.config.num_fewshot == 0 and len(task.eval_docs) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_path": None, "dataset_kwargs": None}, "dataset_path is missing"),
+        ({"output_type": "generate"}, "output_type is 'generate', but must be one of generate_until"),
+        ({"doc_to_text": "{{q"}, "doc_to_text: line 1 of the template"),
+        ({"dataset_kwargs": {"data_files": {"test": []}}}, "the split test has no rows: it lists no file"),
+        ({"dataset_kwargs": {"data_files": {"test": "empty.jsonl"}}}, "the split test has no rows: .*empty.jsonl"),
+        ({"dataset_kwargs": {"data_files": {"test": "rows.parquet"}}}, "is not json; write dataset_path: parquet"),
+        ({"dataset_path": "parquet"}, "own.jsonl is not parquet; write dataset_path: json"),
+    ],
+)
+def test_task_that_lm_eval_would_refuse_when_the_engine_is_up_is_refused_before(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(SuiteError, match=message):
+        load_suite(write_task(tmp_path, **changes))
+
+
+def test_task_rows_as_one_array_are_left_to_datasets_to_count(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text(json.dumps(ROWS, indent=1))
+    assert load_suite(write_task(tmp_path)).num_samples is None
+
+
+def test_task_yaml_with_aliases_of_aliases_and_of_itself_is_read_at_once(tmp_path: Path) -> None:
+    path = write_task(tmp_path)
+    levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 12)]
+    text = "\n".join(["l0: &l0 [x, x]", *levels, "me: &me [*me]", *(f"{k}: {json.dumps(v)}" for k, v in TASK.items())])
+    path.write_text(text)
+    assert load_suite(path).num_samples == 4
+
+
+def test_group_without_a_name_is_refused_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text("group: null\ntask: [own]\n")
+    with pytest.raises(SuiteError, match=r"g\.yaml: group is None, but must be one group's name"):
+        load_suite(tmp_path / "g.yaml")

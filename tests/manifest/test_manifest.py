@@ -119,7 +119,7 @@ def test_manifest_not_json_or_missing_refused(tmp_path: Path) -> None:
 
 def test_manifest_key_given_twice_refused(tmp_path: Path) -> None:
     text = json.dumps(MINIMAL)[:-1] + ', "name": "other"}'
-    with pytest.raises(ManifestError, match="duplicate names: name"):
+    with pytest.raises(ManifestError, match="'name' is there twice; leave one"):
         load_manifest(write(tmp_path, text))
 
 
@@ -163,3 +163,51 @@ def test_manifest_judge_model_and_calibration_are_addresses(tmp_path: Path) -> N
 def test_manifest_judge_mistake_names_the_field(tmp_path: Path, judge: dict[str, Any], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         load_manifest(write(tmp_path, MINIMAL | {"evaluation": {"harmfulness": ["h"], "judge": judge}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": "1"}, "schema: should be 1$"),
+        ({"models": []}, "models: is empty; it needs at least one$"),
+        ({"name": "x" * 81}, "name: has 81 characters; at most 80"),
+        ({"eval": {}}, r"eval: unknown field; did you mean evaluation\?$"),
+        ({"artifacts": " a"}, "artifacts: ' a': has a space around it"),
+        ({"artifacts": "a\0"}, "artifacts: .*control character"),
+        *(
+            ({"evaluation": {"harmfulness": ["h"], "date": day}}, "evaluation.date: is .*, written as 2026-11-25$")
+            for day in (20251125, "26.11.2025", "2025-11-25T10:00:00", "1764028800", True)
+        ),
+        ({"tracking": {"uri": "file:///tmp/x"}}, "write sqlite:////tmp/x/mlflow.db$"),
+        ({"tracking": {"uri": "mlruns/"}}, "write sqlite:///mlruns/mlflow.db$"),
+        ({"tracking": {"uri": "localhost:5000"}}, "write http://localhost:5000$"),
+        ({"tracking": {"uri": "http:/host"}}, "write http://HOST:5000$"),
+        ({"tracking": {"uri": "sqlite+aiosqlite:///x.db"}}, "no driver aiosqlite of SQLite"),
+    ],
+)
+def test_manifest_mistake_says_what_to_write_instead(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    document = {k: v for k, v in (MINIMAL | changes).items() if not ("eval" in changes and k == "evaluation")}
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(write(tmp_path, document))
+
+
+@pytest.mark.parametrize("uri", ["databricks-uc", "HTTP://host:1", "SQLITE:///x.db"])
+def test_manifest_tracking_address_in_capitals_or_of_databricks_is_taken(tmp_path: Path, uri: str) -> None:
+    assert load_manifest(write(tmp_path, MINIMAL | {"tracking": {"uri": uri}})).tracking.uri.islower()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("// a note\n{}", "JSON has no comments"),
+        ('{"a": 1 # a note\n}', "JSON has no comments"),
+        ('{"a": 1,}', "take out the comma before it"),
+        ("{'a': 1}", "double quotes"),
+        ('{"a": True}', "JSON writes true"),
+        ("", "the file is empty"),
+        ('{"a": "\\ud800"}', "half of a character"),
+    ],
+)
+def test_manifest_that_is_no_json_says_what_to_change(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(write(tmp_path, text))
