@@ -72,15 +72,21 @@ def functions(value: object) -> Iterator[FunctionName]:
 
     What an alias repeats is looked at once: aliases of aliases grow without bounds, and one may contain itself.
     """
-    todo, seen = [value], set[int]()
+    todo: list[object] = [value]
+    seen: set[int] = set()
     while todo:
         item = todo.pop()
         if isinstance(item, FunctionName):
             yield item
-        elif isinstance(item, dict | list) and id(item) not in seen:
-            seen.add(id(item))
-            inner = item.values() if isinstance(item, dict) else item
-            todo += reversed([*cast(Iterable[object], inner)])
+            continue
+        inner: Iterable[object] = ()
+        if isinstance(item, dict):
+            inner = cast(dict[object, object], item).values()
+        elif isinstance(item, list):
+            inner = cast(list[object], item)
+        if id(cast(object, item)) not in seen:
+            seen.add(id(cast(object, item)))
+            todo += reversed([*inner])
 
 
 def data_files(path: Path, value: object) -> list[Path]:

@@ -107,10 +107,10 @@ def check_asks(where: str, text: str) -> None:
     Raises:
         CheckpointError: it fails, or what it writes doesn't depend on what is said; begins with `where`.
     """
-    environment = ImmutableSandboxedEnvironment(
+    environment: Any = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value)
+    environment.filters["tojson"] = _as_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime(2026, 11, 25).strftime}
     tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 
@@ -126,6 +126,10 @@ def check_asks(where: str, text: str) -> None:
         raise CheckpointError(f"{where}: the chat template takes no conversation of one user's turn: {e}") from e
     if not asks:
         raise CheckpointError(f"{where}: the chat template writes the same whatever a user says; is it another file?")
+
+
+def _as_json(value: Json, **_: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _refuse(message: str) -> None:

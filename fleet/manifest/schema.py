@@ -31,8 +31,11 @@ def _absolute_tracking(value: str, info: ValidationInfo) -> str:
         if (file := re.fullmatch(r"sqlite:///(?!:memory:)(.+)", value)) is None:
             raise ValueError(f"{value} names no file that stays; write sqlite:///mlflow.db")
         return f"sqlite:///{absolute(file[1], info)}"
-    if value in ("databricks", "databricks-uc"):
+    if value == "databricks":
         return value
+    for mistaken, meant in (("databricks-uc", "databricks"), ("postgres://", "postgresql://")):
+        if value.startswith(mistaken):
+            raise ValueError(f"MLflow keeps no runs at {mistaken}; write {value.replace(mistaken, meant)}")
     if server := re.fullmatch(r"(?:https?:/*)?((?:localhost|[\w.-]+(?=:\d))(?::\d+)?(?:/.*)?)", value):
         if not re.match(r"https?://", value):
             raise ValueError(f"{value} is no address; of a server, write http://{server[1]}")

@@ -179,6 +179,8 @@ def test_manifest_judge_mistake_names_the_field(tmp_path: Path, judge: dict[str,
             for day in (20251125, "26.11.2025", "2025-11-25T10:00:00", "1764028800", True)
         ),
         ({"tracking": {"uri": "file:///tmp/x"}}, "write sqlite:////tmp/x/mlflow.db$"),
+        ({"tracking": {"uri": "databricks-uc"}}, "write databricks$"),
+        ({"tracking": {"uri": "postgres://h/d"}}, "write postgresql://h/d$"),
         ({"tracking": {"uri": "mlruns/"}}, "write sqlite:///mlruns/mlflow.db$"),
         ({"tracking": {"uri": "localhost:5000"}}, "write http://localhost:5000$"),
         ({"tracking": {"uri": "http:/host"}}, "write http://HOST:5000$"),
@@ -191,7 +193,7 @@ def test_manifest_mistake_says_what_to_write_instead(tmp_path: Path, changes: di
         load_manifest(write(tmp_path, document))
 
 
-@pytest.mark.parametrize("uri", ["databricks-uc", "HTTP://host:1", "SQLITE:///x.db"])
+@pytest.mark.parametrize("uri", ["databricks", "HTTP://host:1", "SQLITE:///x.db"])
 def test_manifest_tracking_address_in_capitals_or_of_databricks_is_taken(tmp_path: Path, uri: str) -> None:
     assert load_manifest(write(tmp_path, MINIMAL | {"tracking": {"uri": uri}})).tracking.uri.islower()
 

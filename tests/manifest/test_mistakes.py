@@ -123,7 +123,7 @@ def test_folder_and_other_encodings_are_named_with_the_fix(tmp_path: Path) -> No
         load_manifest(tmp_path)
     path = tmp_path / "models.json"
     path.write_text(json.dumps(MINIMAL), encoding="utf-16")
-    with pytest.raises(ManifestError, match=r"not UTF-8 .*; save it as UTF-8"):
+    with pytest.raises(ManifestError, match=r"is UTF-16 or UTF-32; save it as UTF-8"):
         load_manifest(path)
 
 
