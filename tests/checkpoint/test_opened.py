@@ -11,9 +11,10 @@ from fleet.checkpoint import opened
 from fleet.checkpoint.headers import TENSOR_BYTES
 from fleet.checkpoint.opened import open_curvature, open_full, open_model, open_model_folder
 from fleet.checkpoint.row_tables import RUN_BYTES
+from fleet.checkpoint.tokens import tokenizer_of
 from fleet.checkpoint.views import VIEW_BYTES
 from fleet.checkpoint.vocabulary import Vocabulary
-from fleet.core.errors import CheckpointError
+from fleet.core.errors import CheckpointError, SourceError
 from fleet.store import open_folder
 from tests.pico import VOCAB_SIZE, make_tokenizer, write_adapter, write_model
 
@@ -81,3 +82,20 @@ def test_memory_of_a_model_in_another_vocabulary_is_also_that_of_its_runs_of_row
     # The norm is as it is. The embedding is one run of `padded`, and would take tokens that it lacks from the aligned
     # model's table in this vocabulary, which is one run of its own.
     assert open_model(address).memory_bytes == 2 * TENSOR_BYTES + VIEW_BYTES + 2 * (2 * VIEW_BYTES + RUN_BYTES)
+
+
+def test_open_model_folder_of_a_gguf_file_says_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "m-Q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r'gguf_file="m-Q4\.gguf"'):
+        open_model_folder(str(tmp_path / "m-Q4.gguf"))
+
+
+def test_open_model_folder_with_one_slash_after_a_scheme_says_two(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"two slashes after its scheme: s3://$"):
+        open_model_folder(f"{tmp_path}/s3:/bucket/model").files()
+
+
+def test_tokenizer_that_the_library_cannot_read_is_refused_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": null}}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no tokenizer that can be read"):
+        tokenizer_of(open_folder(str(tmp_path)))
