@@ -142,9 +142,9 @@ def trimmed(delta: Delta, density: float, piece: Piece = WHOLE) -> Dense:
 
 
 def at_least(value: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The entries whose magnitude reaches a threshold; the others become zero."""
+    """The entries whose magnitude, in float32 as thresholds are, reaches a threshold; the others become zero."""
     if not _is_plain(value):
-        return torch.where(value.detach().abs() >= threshold, value, 0.0)
+        return torch.where(value.detach().float().abs() >= threshold, value, 0.0)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     _kernels().keep_at_least(_flat(value), np.float32(threshold), _flat(out))
     return out
@@ -152,7 +152,7 @@ def at_least(value: torch.Tensor, threshold: float) -> torch.Tensor:
 
 def between(value: torch.Tensor, lowest: float, largest: float) -> torch.Tensor:
     """The entries whose magnitude is from `lowest` to `largest`, both included; the others become zero."""
-    return torch.where(value.detach().abs() <= largest, at_least(value, lowest), 0.0)
+    return torch.where(value.detach().float().abs() <= largest, at_least(value, lowest), 0.0)
 
 
 def thresholds_of(

@@ -84,5 +84,5 @@ class Sce(FusionMethod):
         if "variance" not in thresholds:
             return values_M
         (threshold,) = thresholds["variance"]
-        selected = self.scores(entries)["variance"] >= threshold
+        selected = self.scores(entries)["variance"].float() >= threshold  # thresholds are float32
         return [value * selected for value in values_M]
