@@ -106,6 +106,11 @@ class FusionMethod(BaseModel):
         return True
 
     @property
+    def divides_by_weights(self) -> bool:
+        """Whether the sum of the models' weights is a divisor, so that it has to be over 0."""
+        return True
+
+    @property
     def keeps_lora(self) -> bool:
         """Whether task vectors that are LoRAs fuse into a LoRA."""
         return self.is_linear

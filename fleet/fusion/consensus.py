@@ -35,6 +35,10 @@ class Consensus(FusionMethod):
     """Factor on the result."""
 
     @property
+    def divides_by_weights(self) -> bool:
+        return False
+
+    @property
     def is_linear(self) -> bool:
         return False
 

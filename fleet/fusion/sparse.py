@@ -80,6 +80,10 @@ class SparseFusion(FusionMethod):
         return False
 
     @property
+    def divides_by_weights(self) -> bool:
+        return False  # a mean divides by the magnitudes of those that agree
+
+    @property
     def keeps_norm(self) -> bool:
         """Whether what stays of a task vector in a tensor is scaled to the L1 norm that the task vector had there."""
         return False

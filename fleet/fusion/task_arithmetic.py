@@ -20,6 +20,10 @@ class TaskArithmetic(FusionMethod):
     scale: Schedule = 0.3
     """λ: the scaling coefficient on the sum of the task vectors."""
 
+    @property
+    def divides_by_weights(self) -> bool:
+        return False
+
     def coefficients(self, models: Sequence[str], place: Place) -> dict[str, float]:
         scale = at(self.scale, place)
         return {m: scale * self.weight(m, place) for m in models}

@@ -560,6 +560,11 @@ def _slerp(merge: _Merge) -> _Fuse:
 
 def _multislerp(merge: _Merge) -> _Fuse:
     _tell_of_task_vectors(merge, merge.base is None)
+    if len(merge.members) > 1:
+        merge.remarks.append(
+            "multislerp: one step of the Karcher mean of the directions here; mergekit's result is their normalised "
+            "mean, since its tangents add up to zero"
+        )
     fuse: dict[str, Any] = {"method": "multi_slerp", "weights": merge.weights(merge.members)}
     normalize = merge.flag("normalize_weights", True) or len(merge.members) == 1  # mergekit takes one as it is
     return merge.members, fuse if normalize else fuse | {"normalize_weights": False}
@@ -611,6 +616,10 @@ def _model_stock(merge: _Merge) -> _Fuse:
     if len(merge.members) < 2:
         raise merge.error("models", "model_stock needs two or more beside the base model")
     filter_wise = merge.flag("filter_wise", False)
+    merge.remarks.append(
+        "model_stock: where the mean cosine of the task vectors is under 0 the base model stays here; mergekit's t is "
+        "negative there, and moves away from them"
+    )
     return merge.members, {"method": "model_stock"} | ({"filter_wise": True} if filter_wise else {})
 
 

@@ -289,14 +289,16 @@ class Manifest(Frozen):
             raise ValueError(f"{where}: models is empty; leave it out to take all")
 
     def _check_weights(self, where: str, variant: Variant) -> None:
-        """Fusion weights are of the variant's models, and don't add up to nothing."""
+        """Fusion weights are of the variant's models; they don't add up to nothing where that is divided by."""
         if variant.fuse is None or not variant.fuse.weights:
             return
         weights, members = variant.fuse.weights, variant.models or self._model_names
         if unknown := sorted(set(weights) - set(members)):
             raise ValueError(f"{where}: fuse.weights names {', '.join(unknown)}, not among its models")
         constant = [w for m in members if isinstance(w := weights.get(m, 1.0), int | float)]
-        if len(constant) == len(members) and sum(constant) <= 0.0:
+        if not any(constant) and len(constant) == len(members):
+            raise ValueError(f"{where}: fuse.weights are all 0; give at least one another weight")
+        if variant.fuse.divides_by_weights and len(constant) == len(members) and sum(constant) <= 0.0:
             raise ValueError(f"{where}: fuse.weights must add up to more than 0")
 
     def _check_mask(self, where: str, variant: Variant) -> None:

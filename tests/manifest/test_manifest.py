@@ -51,6 +51,14 @@ def test_manifest_relative_paths_are_the_manifests_own(tmp_path: Path) -> None:
         ({"variants": [MINIMAL["variants"][0] | {"models": []}]}, "models is empty"),
         ({"variants": [{"name": "v", "realign": {"method": "safemerge"}, "fuse": None}]}, r"set base\.safety"),
         (
+            {
+                "variants": [
+                    {"name": "v", "realign": None, "fuse": {"method": "task_arithmetic", "weights": {"x": 0, "y": 0}}}
+                ]
+            },
+            r"fuse\.weights are all 0",
+        ),
+        (
             {"variants": [{"name": "v", "realign": None, "fuse": {"method": "weight_average", "weights": {"q": 1}}}]},
             r"fuse\.weights names q",
         ),

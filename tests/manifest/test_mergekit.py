@@ -442,6 +442,23 @@ def test_method_becomes_ours(tmp_path: Path, method: str, shared: str, expected:
     assert [m.name for m in written(tmp_path, found).models] == ["a", "b"]
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "breadcrumbs", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("weight", [-1, -0.5])
+def test_task_vectors_may_be_subtracted(tmp_path: Path, method: str, weight: float) -> None:
+    """Nothing is divided by the sum of the weights, so it may be 0 or less, as in mergekit."""
+    found = convert(tmp_path, merge(method, a=f"weight: {weight}", b="weight: 0.5"))
+    (variant,) = written(tmp_path, found).variants
+    assert variant.fuse is not None and variant.fuse.weights == {"a": weight, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("method", "remark"),
+    [("multislerp", "mean, since its tangents"), ("model_stock", "cosine of the task vectors is under")],
+)
+def test_method_that_mergekit_computes_otherwise_is_remarked_on(tmp_path: Path, method: str, remark: str) -> None:
+    assert sum(remark in said for said in convert(tmp_path, merge(method)).remarks) == 1
+
+
 def test_arcee_fusion_puts_one_model_into_the_base_model(tmp_path: Path) -> None:
     found = convert(tmp_path, merge("arcee_fusion", "normalize: true").replace("base_model: ./base", "base_model: ./b"))
     fuse = {"method": "arcee_fusion"}
