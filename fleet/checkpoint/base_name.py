@@ -12,14 +12,24 @@ import re
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.full_model import FullModel
 
-_FAMILIES = ("llama", "qwen", "mistral", "mixtral", "gemma", "phi", "falcon", "bloom", "olmo", "granite", "gpt2", "opt")
+_FAMILIES = (
+    *("llama", "qwen", "mistral", "mixtral", "gemma", "phi", "falcon", "bloom", "olmo", "granite", "gpt2", "opt"),
+    *("glm", "internlm", "stablelm", "exaone"),
+)
 """Names of families that are also in their `model_type`."""
-_GLUED = ("phi", "opt")
+_OTHERWISE = ("falcon3",)
+"""Names that begin like a family's, of models that have another `model_type`."""
+_GLUED = ("phi", "opt", "glm")
 """Those too short to be looked for inside of words."""
 _SIZE = re.compile(r"(?<![a-z\d.])(?:(\d+)x)?(\d+(?:[._]\d+)?)([bm])(?![a-z\d])")
 """As in 7b, 0.5b, 1_8b, 135m, 8x7b; active parameters (a3b) and effective ones (e2b) say another thing."""
-_COPIES = re.compile(r"(-unsloth)?(-bnb)?(-[48]bit)?(-(gptq|awq|fp8|int[48]|gguf|hf))*$")
+_COPIES = re.compile(
+    r"(-unsloth)?(-bnb)?(-([48]-?bit|gptq|awq|hqq|nf4|fp8|nvfp4|int[48]|bf16|fp16|gguf|mlx|hf|dynamic|"
+    r"(quantized\.)?w\d+a\d+))*$"
+)
 """Endings of copies of a model in another format."""
+_NAMED_SIZES = {"gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1558e6}
+"""Parameters of models whose name says their size in words."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
@@ -67,6 +77,8 @@ def _model_types(model: FullModel) -> list[str]:
 
 
 def _families(name: str) -> list[str]:
+    if name.startswith(_OTHERWISE):
+        return []
     words = set(re.findall(r"[a-z]+", name))
     joined = name.replace("-", "")
     return [f for f in _FAMILIES if (f in words if f in _GLUED else f in joined)]
@@ -74,6 +86,8 @@ def _families(name: str) -> list[str]:
 
 def _size(name: str) -> float | None:
     """The parameters that a name says; None if it says none, or several numbers."""
+    if name in _NAMED_SIZES:
+        return _NAMED_SIZES[name]
     found = {(times, number, unit) for times, number, unit in _SIZE.findall(name)}
     if len(found) != 1:
         return None

@@ -33,6 +33,10 @@ def reason(tmp_path: Any, declared: Any, address: str, parameters: int = 8_000_0
         "unsloth/llama-3-8b-Instruct-bnb-4bit",
         "unsloth/Meta-Llama-3-8B-Instruct-unsloth-bnb-4bit",
         "TheBloke/Llama-3-8B-Instruct-GPTQ",
+        "neuralmagic/Meta-Llama-3-8B-Instruct-quantized.w8a8",
+        "neuralmagic/Meta-Llama-3-8B-Instruct-FP8-dynamic",
+        "mlx-community/Meta-Llama-3-8B-Instruct-4bit",
+        "mlx-community/Meta-Llama-3-8B-Instruct-bf16",
         "/home/me/.cache/huggingface/hub/models--meta-llama--Meta-Llama-3-8B-Instruct/snapshots/abc",
         "/data/checkpoints/base",
         "C:\\models\\base",
@@ -41,6 +45,7 @@ def reason(tmp_path: Any, declared: Any, address: str, parameters: int = 8_000_0
         "some-org/our-chat-model",
         "/data/TinyLlama-8B-chat",
         "vendor/dolphin-8b",
+        "/data/Falcon3-8B-Instruct",
     ],
 )
 def test_same_and_unknown_names_say_nothing(tmp_path: Any, declared: object) -> None:
@@ -55,6 +60,7 @@ def test_same_and_unknown_names_say_nothing(tmp_path: Any, declared: object) -> 
     [
         ("some-org/a-13b-of-another-family", "of 13B parameters, and the aligned model has 8B"),
         ("/data/llama-2-13b-chat", "of 13B parameters"),
+        ("THUDM/glm-4-9b", "a glm, and the aligned model a llama"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "of 135M parameters"),
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "a mixtral, and the aligned model a llama"),
         ("Qwen/Qwen2.5-7B-Instruct", "a qwen, and the aligned model a llama"),
@@ -95,3 +101,10 @@ def test_what_a_name_says_of_its_own_model_is_no_other(
     tmp_path: Any, declared: str, parameters: int, kind: dict[str, Any]
 ) -> None:
     assert reason(tmp_path, declared, "/data/models/aligned", parameters, **kind) is None
+
+
+def test_size_in_words_is_one(tmp_path: Any) -> None:
+    small = {"parameters": 124_000_000, "model_type": "gpt2"}
+    assert reason(tmp_path, "openai-community/gpt2", "/data/base", **small) is None
+    told = reason(tmp_path, "openai-community/gpt2-xl", "/data/base", **small)
+    assert told == "of 1.56B parameters, and the aligned model has 124M"
