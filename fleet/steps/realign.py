@@ -139,7 +139,10 @@ class RealignWalk(Walk):
             edits |= {row["module"]: row for row in merged.pop("edits")}
         merged["edit_norm"] = math.sqrt(sum(edit["edit_norm"] ** 2 for edit in edits.values()))
         merged["modules"] = rows = module_rows(self._modules, self._decisions, edits)
-        found = [self._step.method.warning(self._modules, edits.keys()), *edit_warnings(rows)]
+        found = [
+            self._step.method.warning(self._modules, edits.keys()),
+            *edit_warnings(rows, self._step.method.max_rank),
+        ]
         if warning := "; ".join(text for text in found if text):
             logger.warning("%s: %s", step.name, warning)
             merged["warning"] = warning

@@ -17,6 +17,9 @@ NEARLY_NOTHING = 0.01
 NORM_LOSS = 0.01
 """By more than this share, what is stored of an edit has another norm than the edit was to have."""
 
+RANK_LOSS = 0.25
+"""A cut to `max_rank` that takes more than this share of the squared norm leaves another task vector."""
+
 
 class ModuleRow(BaseModel):
     """One module of a realigned model. A field that isn't named is kept: records of other nights are read, too."""
@@ -72,11 +75,12 @@ def module_rows(
     return rows
 
 
-def edit_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def edit_warnings(rows: Sequence[Mapping[str, Any]], max_rank: int | None = None) -> list[str]:
     """What a person should know of a realigned model's edits by their size alone.
 
     Args:
         rows: as `module_rows` gives them.
+        max_rank: what edited modules were cut to, if the method says so.
     """
     if not rows:
         return ["it has no module that can be edited"]
@@ -92,7 +96,17 @@ def edit_warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(f"its edit is nearly nothing: {stored / whole:.2g} of the task vector's norm")
     if abs(stored - asked) > NORM_LOSS * asked:
         found.append(f"its edit was to have the norm {asked:.4g}, and in the dtype of its files has {stored:.4g}")
+    if max_rank is not None and (lost := _share_cut(rows)) > RANK_LOSS:
+        found.append(f"max_rank {max_rank} cuts away {lost:.0%} of the edited task vector's squared norm; raise it")
     return found
+
+
+def _share_cut(rows: Sequence[Mapping[str, Any]]) -> float:
+    """How much of the edited modules' squared norm recompression lost."""
+    edited = [row for row in rows if row.get("recompression_residual") is not None]
+    lost = sum(row["recompression_residual"] ** 2 for row in edited)
+    kept = sum((row.get("energy_kept") or 0.0) * (row.get("delta_norm") or 0.0) ** 2 for row in edited)
+    return lost / (lost + kept) if lost else 0.0
 
 
 def _norm(norms: Iterable[float | None]) -> float:

@@ -121,6 +121,8 @@ NONE = "none of its 4 modules is edited, so they are as they were fine-tuned"
         ({"method": "wise_ft", "alpha": 0.995}, "its edit is nearly nothing: 0.005 of the task vector's norm"),
         ({"method": "noise", "of": {"method": "wise_ft", "alpha": 1.0}}, f"{NONE}.*control: not edited"),
         ({"method": "wise_ft", "alpha": 0.98}, None),
+        ({"method": "wise_ft", "max_rank": 1}, "^max_rank 1 cuts away [3-9][0-9]% of the edited"),
+        ({"method": "wise_ft", "max_rank": 4}, None),
     ],
 )
 def test_record_says_where_an_edit_is_none_or_nearly(
