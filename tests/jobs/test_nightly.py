@@ -168,6 +168,16 @@ def test_complete_manifest_written_elsewhere_means_the_same_paths(tmp_path: Path
     assert written.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
+@pytest.mark.parametrize("variants", [VARIANTS, []])
+def test_complete_manifest_without_an_unaligned_model_is_written_and_read(tmp_path: Path, variants: list[Any]) -> None:
+    """Written out, every default looks as if it had been asked for; none may ask for the unaligned model."""
+    put_adapter(tmp_path / "models" / "a")
+    given = template(tmp_path, base={"aligned": "bases/aligned"}, variants=variants)
+    tonight = complete_manifest(str(tmp_path / "models"), given)
+    read = load_manifest(write_manifest(tonight, tmp_path / "models.json"))
+    assert read.model_dump() == tonight.model_dump()
+
+
 def test_model_that_left_the_catalogue_is_dropped_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put_adapter(tmp_path / "models" / "a")
     known = [{"name": "a", "source": "models/a"}, {"name": "gone", "source": "models/gone"}]
