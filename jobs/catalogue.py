@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from fleet.core.errors import ManifestError, SourceError
 from fleet.core.uris import Uri
 from fleet.manifest import Base, Manifest, ModelSpec, parse, read_json
+from fleet.manifest.schema import Tracking
 from fleet.steps import KINDS
 from fleet.store import Folder, open_store
 
@@ -73,6 +74,9 @@ def complete_manifest(catalogue: str, template: Path) -> Manifest:
     if gone:
         logger.warning("not in %s any more, and left out: %s", folder.uri, ", ".join(gone))
     entries = [m.model_dump(mode="json") for m in models]
+    tracking = fields.get("tracking", {})
+    if isinstance(tracking, dict):  # the default is a file, too: not one beside tonight's manifest, which is not kept
+        fields = {**fields, "tracking": {"uri": Tracking().uri} | cast("dict[str, object]", tracking)}
     return parse(Manifest, {**fields, "models": entries}, root, f"{template} with the models of {folder.uri}")
 
 
