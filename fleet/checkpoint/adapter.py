@@ -11,7 +11,7 @@ from fleet.checkpoint.headers import TENSOR_BYTES, TensorInfo, check_dtypes, che
 from fleet.checkpoint.modules import MODULE_EXCLUDED
 from fleet.checkpoint.names import unwrapped
 from fleet.checkpoint.peft_rules import DeclaredValues, check_values, why_unreadable
-from fleet.checkpoint.tables import HEADS, TOKEN_TABLES
+from fleet.checkpoint.tables import HEADS, TOKEN_TABLES, output_head, same_values, token_table
 from fleet.core.errors import CheckpointError, shown, some
 from fleet.core.identity import Json
 from fleet.store import Folder
@@ -181,13 +181,22 @@ def _without_tied_head(adapter: Adapter) -> Adapter:
     modules, replaced = adapter.modules, adapter.replaced
     has_table = any(set(name.split(".")) & TOKEN_TABLES for name in (*modules, *replaced))
     named = [name for field in ("target_modules", "modules_to_save") for name in _list(adapter.config.get(field))]
-    if not has_table or any(set(str(name).split(".")) & HEADS for name in named):
+    names_head = any(set(str(name).split(".")) & HEADS for name in named)
+    if not has_table or (names_head and not _head_is_copy(adapter)):
         return adapter
     return replace(
         adapter,
         modules={name: module for name, module in modules.items() if not set(name.split(".")) & HEADS},
         replaced={name: info for name, info in replaced.items() if not set(name.split(".")) & HEADS},
     )
+
+
+def _head_is_copy(adapter: Adapter) -> bool:
+    """Whether it saves the head's table as the embedding's, value by value: where its config names both, PEFT keeps
+    them one on a tied base, and apart on one with a head of its own."""
+    head, table = output_head(adapter.replaced), token_table(adapter.replaced)
+    has_lora = any(set(name.split(".")) & HEADS for name in adapter.modules)
+    return head is not None and table is not None and not has_lora and same_values(adapter.folder, head, table)
 
 
 def _list(value: Json) -> list[Json]:

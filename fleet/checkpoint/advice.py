@@ -29,6 +29,25 @@ def _known(what: str, files: Collection[str]) -> Iterator[str]:
     yield from _sharded(files)
     yield from _pickled(what, files)
     yield from _other_formats(files)
+    yield from _misnamed(what, files)
+
+
+def _misnamed(what: str, files: Collection[str]) -> Iterator[str]:
+    """Weights that are there, under a name or without a config that would tell them."""
+    weights = sorted(name for name in files if "/" not in name and name.lower().endswith(".safetensors"))
+    if not weights:
+        return
+    if upper := [name for name in weights if not name.endswith(".safetensors")]:
+        yield f"{upper[0]} is looked for in lower case; rename it to {upper[0].lower()}"
+    if what == "adapter" and len(weights) == 1:
+        yield (
+            f"adapter_config.json is there, but not adapter_model.safetensors; rename {weights[0]} to it if that is "
+            "the adapter, or take adapter_config.json away if that is a full model"
+        )
+    elif what == "model" and "adapter_model.safetensors" in weights:
+        yield "adapter_model.safetensors is there; copy the adapter_config.json it was trained with beside it"
+    elif what == "model" and "config.json" not in files:
+        yield f"{some(weights, 1)} is there; copy the config.json of the model it was trained from beside it"
 
 
 def _below(files: Collection[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ _OTHERWISE = ("falcon3",)
 """Names that begin like a family's, of models that have another `model_type`."""
 _GLUED = ("phi", "opt", "glm")
 """Those too short to be looked for inside of words."""
-_SIZE = re.compile(r"(?<![a-z\d.])(?:(\d+)x)?(\d+(?:[._]\d+)?)([bm])(?![a-z\d])")
+_SIZE = re.compile(r"(?<![a-z\d.])(?:(\d{1,4})x)?(\d{1,4}(?:[._]\d{1,4})?)([bm])(?![a-z\d])")
 """As in 7b, 0.5b, 1_8b, 135m, 8x7b; active parameters (a3b) and effective ones (e2b) say another thing."""
 _COPIES = re.compile(
     r"(-unsloth)?(-bnb)?(-([48]-?bit|gptq|awq|hqq|nf4|fp8|nvfp4|int[48]|bf16|fp16|gguf|mlx|hf|dynamic|"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.configs import differences, text_field, ties_head
+from fleet.checkpoint.configs import differences, is_nested, text_field, ties_head
 from fleet.checkpoint.full_model import FullModel
 from fleet.checkpoint.model import Model
 from fleet.checkpoint.modules import canonical_shape, is_transposed
 from fleet.checkpoint.tables import HEADS, TOKEN_TABLES, output_head, same_values, token_table
-from fleet.core.errors import CheckpointError, some
+from fleet.core.errors import CheckpointError, shown, some
 
 _MODELS_WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How classes are called that need an output head to say anything."""
 
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
 
 _UNTIE = (
     "save the aligned model with a head of its own (m = AutoModelForCausalLM.from_pretrained(ALIGNED, "
@@ -29,11 +35,38 @@ def check_belongs(model: Model, aligned: FullModel) -> None:
     config differs, alignment changed more than its weights say.
 
     Raises:
-        CheckpointError: listing every missing, extra or mis-shaped tensor and every field of the configs that differs.
+        CheckpointError: listing missing, extra and mis-shaped tensors and every field of the configs that differs.
     """
     problems = _adapter_problems(model, aligned) if isinstance(model, Adapter) else _full_model_problems(model, aligned)
     if problems:
         raise CheckpointError(f"{model.folder.uri} doesn't fit {aligned.folder.uri}: " + "; ".join(problems))
+
+
+def check_config(model: FullModel) -> None:
+    """A base model's config can be that of its tensors: engines build by the one and load the other.
+
+    Raises:
+        CheckpointError: a size is no size, or not that of the tensors; no `model_type`.
+    """
+    if problem := next(_config_problems(model), ""):
+        raise CheckpointError(f"{model.folder.uri}: config.json: {problem}")
+
+
+def _config_problems(model: FullModel) -> Iterator[str]:
+    config, table = model.config, token_table(model.tensors)
+    if not isinstance(kind := config.get("model_type"), str):
+        yield f"model_type is {shown(kind)}, not the name of an architecture; copy config.json from the original again"
+    sizes = {name: text_field(config, name) for name in _SIZES}
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size <= 0):
+            yield f"{name} is {shown(size)}, not a positive whole number; copy config.json from the original again"
+    rows = table.shape[0] if table is not None else None
+    if rows is not None and sizes["vocab_size"] not in (None, rows):
+        yield f"vocab_size is {sizes['vocab_size']}, but {table and table.name} has {rows} rows; write {rows}"
+    layers = {int(m[1]) for name in model.tensors if (m := _LAYER.search(name))}
+    count, extra = sizes["num_hidden_layers"], text_field(config, "num_nextn_predict_layers")
+    if layers and not is_nested(config) and not extra and count not in (None, max(layers) + 1):
+        yield f"num_hidden_layers is {count}, but the files hold {max(layers) + 1} layers; write that"
 
 
 def check_head(model: FullModel) -> None:
@@ -55,6 +88,12 @@ def _head_problem(model: FullModel) -> str:
             'engines would take the one, some the other; write "tie_word_embeddings": false if the head was trained, '
             "or save the model without it"
         )
+    if (alone := model.head_for_table) is not None:
+        return (
+            f"config.json ties the output head to the embedding, and the files hold {alone.name} alone, where an "
+            "engine would find no embedding; save it with transformers, which takes either: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT), the tokenizer too"
+        )
     classes = model.config.get("architectures")
     needs_head = isinstance(classes, list) and any(str(name).endswith(_MODELS_WITH_HEADS) for name in classes)
     if table is None or not needs_head or ties_head(model.config):
@@ -75,7 +114,8 @@ def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
     weights = {f"{name}.weight" for name in (*adapter.modules, *_saved_modules(adapter))}
     tables = {name for name in weights | set(adapter.replaced) if set(name.split(".")) & (TOKEN_TABLES | HEADS)}
     # With `ensure_weight_tying` PEFT keeps the two uses of a tied table one, and what is left of the adapter says it.
-    tied = tables if _is_tied(aligned) and not adapter.keeps_tie else set[str]()
+    apart = not adapter.keeps_tie or any(set(name.split(".")) & HEADS for name in (*adapter.modules, *adapter.replaced))
+    tied = tables if _is_tied(aligned) and apart else set[str]()
     if tied:
         problems.append(_untied_by_adapter(adapter, aligned, tied))
     if tables and adapter.keeps_tie and output_head(aligned.tensors) is not None:
@@ -83,15 +123,18 @@ def _adapter_problems(adapter: Adapter, aligned: FullModel) -> list[str]:
             "ensure_weight_tying: the adapter changes a tied base's embedding and output head as one, but this base "
             "has a head of its own; give the tied base it was trained on, or merge it there and give the full model"
         )
+    absent: list[str] = []
     for name, module in adapter.modules.items():
         base = aligned.tensors.get(f"{name}.weight")
         if base is None:
             if f"{name}.weight" not in tied:
-                problems.append(f"module {name} is not in the base")
+                absent.append(name)
         elif (shape := canonical_shape(aligned, base.name)) != module.shape:
             problems.append(f"module {name} is {module.shape}, but the base's is {shape}")
         if module.bias is not None and f"{name}.bias" not in aligned.tensors:
             problems.append(f"module {name} has no bias in the base that the adapter's lora_bias could be added to")
+    if absent:
+        problems.append(f"module {some(absent)} is not in the base")
     for name, info in adapter.replaced.items():
         base = aligned.tensors.get(name)
         if base is None:
@@ -171,9 +214,9 @@ def _full_model_problems(model: FullModel, aligned: FullModel) -> list[str]:
     if problem := _head_problem(model):
         problems.append(problem)
     if missing := sorted(set(aligned.tensors) - set(model.tensors)):
-        problems.append(f"missing tensors: {', '.join(missing)}")
+        problems.append(f"missing tensors: {some(missing)}")
     if extra := sorted(set(model.tensors) - set(aligned.tensors)):
-        problems.append(f"extra tensors: {', '.join(extra)}")
+        problems.append(f"extra tensors: {some(extra)}")
     if _is_tied(aligned) and (head := output_head(model.tensors)) is not None:
         problems.append(f"{head.name} is a head of its own, and the base ties its head to its embedding: {_UNTIE}")
     grown = False

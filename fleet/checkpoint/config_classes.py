@@ -32,7 +32,7 @@ def class_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         kind: Any = CONFIG_MAPPING[config.get("model_type")]  # pyright: ignore[reportArgumentType]
         return json.loads(json.dumps(_known(kind.from_dict(json.loads(json.dumps(config)))), default=str))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return None
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from fleet.core.errors import CheckpointError
 from fleet.core.identity import Json
@@ -72,6 +72,9 @@ _HARMLESS_NAMES = re.compile(
 
 _LENGTH_SCALED_ROPES = frozenset({"dynamic", "yarn", "longrope", "su"})
 """Kinds of rope whose frequencies or scale follow from `max_position_embeddings`; for others it is only a limit."""
+
+_ROPE_DEFAULTS: dict[str, dict[str, Json]] = {"yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True}}
+"""What transformers' ropes (`modeling_rope_utils.py`) and vLLM's take where a kind's parameters are silent."""
 
 _ACTIVATIONS = {
     "swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "gelu_python": "gelu",
@@ -226,6 +229,8 @@ def _in_one_spelling(config: Mapping[str, Json]) -> dict[str, Json]:
     }
     for rope in _ropes(kept):
         rope.pop("type", None)
+        for name, default in _ROPE_DEFAULTS.get(str(rope.get("rope_type")), {}).items():
+            rope.setdefault(name, default)
         if rope.get("partial_rotary_factor") == 1:
             del rope["partial_rotary_factor"]
     if "rope_parameters" in kept:
@@ -289,9 +294,20 @@ def _alike(ours: Json, theirs: Json) -> bool:
     """Whether two values are one, numbers to float32's precision: that is what computes with them."""
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(_alike, ours, theirs))
-    if isinstance(ours, int | float) and isinstance(theirs, int | float):
-        return math.isclose(ours, theirs, rel_tol=1e-7)
+    if isinstance(ours, float) or isinstance(theirs, float):
+        return _is_number(ours) and _is_number(theirs) and math.isclose(_float(ours), _float(theirs), rel_tol=1e-7)
     return ours == theirs
+
+
+def _is_number(value: Json) -> TypeGuard[int | float]:
+    return isinstance(value, int | float)
+
+
+def _float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number with more digits than a float has
+        return math.inf
 
 
 def _shown(value: Json) -> str:

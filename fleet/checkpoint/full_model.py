@@ -25,7 +25,7 @@ from fleet.store import Folder
 
 _BUFFER = re.compile(
     r"(^|\.)((rotary_emb|rotary_pos_emb|rotary)\.(original_)?(inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask"
-    r"|position_ids|relative_position_index|embed_positions(\.weights|\._float_tensor)?|(en|de)coder\.version)$"
+    r"|position_ids|relative_position_index|embed_positions(\.weights|\._float_tensor)?|(en|de)coder\.version|_extra_state)$"
 )
 """Buffers that old checkpoints carry and every loader recomputes, by the end of their names."""
 _SKIPPED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$")
@@ -54,6 +54,13 @@ class FullModel:
     @property
     def num_bytes(self) -> int:
         return sum(t.num_bytes for t in self.tensors.values())
+
+    @property
+    def head_for_table(self) -> TensorInfo | None:
+        """The head of a tied model whose files lack the embedding: of two names of one tensor, safetensors'
+        `save_model` keeps the first, and `from_pretrained` takes either."""
+        alone = token_table(self.tensors) is None and ties_head(self.config)
+        return output_head(self.tensors) if alone else None
 
     @property
     def memory_bytes(self) -> int:

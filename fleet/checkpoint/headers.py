@@ -13,6 +13,7 @@ from typing import NamedTuple
 from fleet.checkpoint.advice import advice
 from fleet.core.errors import CheckpointError, shown, some
 from fleet.core.identity import Json
+from fleet.core.json_lines import decode_text, json_value
 from fleet.store import Folder
 
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -35,6 +36,9 @@ TENSOR_BYTES = 450
 HEADERS_CACHE_BYTES = 256 << 20
 """Memory in which one cache keeps headers: those of half a million tensors."""
 
+_LFS_POINTER = b"version https://git-lfs"
+_LFS_ADVICE = "is Git LFS's pointer to a file, not the file itself; run `git lfs pull` where it was cloned"
+
 HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit; a larger claim is a lie or damage, and is refused before it is allocated."""
 
@@ -43,6 +47,7 @@ _MAX_AXES = 64
 _MAX_SIZE = 2**63
 _VARIANT = re.compile(r"model\.(?!safetensors)[\w-]+\.safetensors|model\.[\w-]+-\d{5}-of-\d{5}\.safetensors")
 """Copies in another dtype: transformers reads `model.fp16.safetensors` where `variant="fp16"` is asked for."""
+_SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 _OTHER_COPY = re.compile(r"consolidated.*\.safetensors|adapter_model\.safetensors")
 """Mistral's own layout beside transformers', and an adapter beside the model it was merged into."""
 
@@ -100,6 +105,8 @@ def read_header(folder: Folder, file: str, size: int) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{where}: {size} bytes is too short for a safetensors file; it was truncated")
     prefix = bytearray(8)
     folder.read_into(file, 0, memoryview(prefix))
+    if prefix == _LFS_POINTER[:8]:
+        raise CheckpointError(f"{where}: {_LFS_ADVICE}")
     (length,) = struct.unpack("<Q", prefix)
     if length > HEADER_LIMIT_BYTES or 8 + length > size:
         raise CheckpointError(
@@ -174,14 +181,15 @@ def read_headers(folder: Folder, what: str) -> dict[str, TensorInfo]:
     sizes = folder.files()
     files = weight_files(folder, what, sizes)
     if not files:
-        raise CheckpointError(f"{folder.uri}: no safetensors weights of a {what}: {advice(what, sizes)}")
+        kind = "an adapter" if what == "adapter" else "a model"
+        raise CheckpointError(f"{folder.uri}: no safetensors weights of {kind}: {advice(what, sizes)}")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(folder, file, sizes[file]).items():
             if name in tensors:
                 raise CheckpointError(
                     f"{folder.uri}: tensor {name} is in both {tensors[name].file} and {file}; keep the files of one "
-                    f"checkpoint, or write an {INDEX_FILE} that names them"
+                    f"checkpoint, or write a {INDEX_FILE} that names them"
                 )
             tensors[name] = info
     if INDEX_FILE in sizes and what == "model":
@@ -200,14 +208,25 @@ def weight_files(folder: Folder, what: str, sizes: Mapping[str, int]) -> list[st
         sizes: the folder's files; a listing costs a request where they are remote.
 
     Raises:
-        CheckpointError: the index is damaged, names what is not there, or leaves out a `model.safetensors`.
+        CheckpointError: the index is damaged, names what is not there, or leaves out a `model.safetensors`; without an
+            index, one of a numbered set of files is not there.
     """
     if what == "adapter":
         return [f for f in sizes if f == "adapter_model.safetensors"]
     if INDEX_FILE in sizes:
         return _indexed_files(folder, sizes)
     found = [f for f in sizes if f.endswith(".safetensors") and "/" not in f and not _OTHER_COPY.fullmatch(f)]
-    return [f for f in found if not _VARIANT.fullmatch(f)] or found
+    found = [f for f in found if not _VARIANT.fullmatch(f)] or found
+    if missing := _missing_shards(found):
+        raise CheckpointError(f"{folder.uri}: {some(missing)} is not there; copy the checkpoint again, whole")
+    return found
+
+
+def _missing_shards(files: Iterable[str]) -> set[str]:
+    """The files of a numbered set that are not there: of model-00001-of-00002.safetensors, the second."""
+    shards = [m for file in files if (m := _SHARD.fullmatch(file))]
+    asked = {f"{m['name']}-{i:05d}-of-{m['count']}.safetensors" for m in shards for i in range(1, int(m["count"]) + 1)}
+    return asked - {m[0] for m in shards}
 
 
 def _indexed_files(folder: Folder, sizes: Mapping[str, int]) -> list[str]:
@@ -279,14 +298,20 @@ def read_json(folder: Folder, name: str) -> dict[str, Json]:
 
     Raises:
         SourceError: it is missing.
-        CheckpointError: it holds something else.
+        CheckpointError: it holds something else, is no UTF-8, or has a key twice.
     """
-    try:
-        value: Json = json.loads(folder.read(name))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{folder.uri}/{name}: not valid JSON ({e})") from e
+    return parse_json(f"{folder.uri}/{name}", folder.read(name))
+
+
+def parse_json(where: str, data: bytes) -> dict[str, Json]:
+    """What `read_json` makes of a file's bytes; its errors begin with `where`."""
+    if data.startswith(_LFS_POINTER):
+        raise CheckpointError(f"{where}: {_LFS_ADVICE}")
+    if not data.strip():
+        raise CheckpointError(f"{where}: is empty; save or copy it again")
+    value = json_value(decode_text(data, where, CheckpointError), where, CheckpointError)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{folder.uri}/{name}: not a JSON object")
+        raise CheckpointError(f"{where}: not a JSON object")
     return value
 
 

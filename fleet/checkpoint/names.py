@@ -12,9 +12,13 @@ from functools import cached_property
 from fleet.checkpoint.tables import HEADS
 from fleet.core.identity import Json
 
-# torch.compile, FSDP and activation checkpointing put these into the middle of names, DDP and DeepSpeed theirs before.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# torch.compile, FSDP and activation checkpointing put these into the middle of names; Lightning, DDP and DeepSpeed put
+# theirs before.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 _OUTER_WRAPPER = "module"
+
+_PEFT_WRAPPER = "base_model.model."
+"""Before the names of whole weights too, where a PeftModel's state dict was saved after its adapter was merged."""
 
 _TRANSFORMER_MODEL_TYPES = frozenset({
     "gpt2", "gpt-sw3", "gpt_neo", "gptj", "gpt_bigcode", "bloom", "codegen", "ctrl", "dbrx", "falcon", "mpt",
@@ -37,19 +41,24 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
+def unwrapped_weight(name: str) -> str:
+    """The same of a full model's tensor, without what PEFT puts before it."""
+    return unwrapped(unwrapped(name).removeprefix(_PEFT_WRAPPER))
+
+
 def class_names(config: Mapping[str, Json], names: Iterable[str]) -> Callable[[str], str]:
     """From a name in a full model's files to its name in the class that the config names: with the class's prefix.
 
     Args:
         names: those in the files, buffers and tied heads aside.
     """
-    firsts = {unwrapped(name).partition(".")[0] for name in names}
+    firsts = {unwrapped_weight(name).partition(".")[0] for name in names}
     if firsts & _ROOTS or not firsts & _STACKS:
-        return unwrapped
+        return unwrapped_weight
     prefix = _base_model_prefix(config.get("model_type"))
 
     def renamed(name: str) -> str:
-        plain = unwrapped(name)
+        plain = unwrapped_weight(name)
         return plain if plain.partition(".")[0] in HEADS else f"{prefix}.{plain}"
 
     return renamed

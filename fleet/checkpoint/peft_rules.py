@@ -46,9 +46,12 @@ _UNREADABLE = {
 }
 """Features with which an adapter does something else than its tensors say."""
 
+_FLOAT32_MAX = 3.4028234663852886e38
+"""An update is computed in float32."""
+
 _BIAS_MODES = (None, "none", "all", "lora_only")
 
-_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 """Fields that are true, false or null; PEFT would take a text as true, "false" too."""
 
 _NAME_LISTS = ("modules_to_save", "target_modules", "exclude_modules")
@@ -116,18 +119,27 @@ def plain_config(config: Mapping[str, Json]) -> dict[str, Json]:
 
 def why_unreadable(config: Mapping[str, Json]) -> str:
     """Why the adapter's tensors don't say its update, and what to do about it; empty if they do."""
-    if config.get("peft_type") != "LORA":
-        return f"peft_type {shown(config.get('peft_type'))} is not supported; only LORA is"
+    if (kind := config.get("peft_type")) != "LORA":
+        return f"adapter_config.json: {_why_no_lora(kind)}"
     asked = [field for field, feature in _UNREADABLE.items() if config.get(field) not in feature.off]
     if config.get("bias") not in _BIAS_MODES:
         asked.append("bias")
     if asked:
         told = ", ".join(f"{field}={shown(config[field])}" for field in asked)
         return (
-            f"{told}: this adapter is more than its tensors say; "
+            f"adapter_config.json: {told}: this adapter is more than its tensors say; "
             "fold it into its base (PEFT's merge_and_unload) and give the full model"
         )
     return _why_not_of_its_base(config) if changes_base(config) else ""
+
+
+def _why_no_lora(kind: Json) -> str:
+    if kind is None or (isinstance(kind, str) and kind.upper() == "LORA"):
+        return f'peft_type is {shown(kind)}, where PEFT writes "LORA"; write that if the adapter is a LoRA'
+    return (
+        f"peft_type is {shown(kind)}, and only LORA is supported; if PEFT can fold the adapter into its base "
+        "(merge_and_unload), give the full model"
+    )
 
 
 def _why_not_of_its_base(config: Mapping[str, Json]) -> str:
@@ -188,8 +200,8 @@ class DeclaredValues:
             number = float(value)
         except OverflowError:
             number = math.inf
-        if not math.isfinite(number):
-            raise _refused(self.where, name, value, "not a finite number")
+        if not abs(number) <= _FLOAT32_MAX:
+            raise _refused(self.where, name, value, "not a finite number, or none that float32 has")
         return number
 
     def _of(self, name: str, pattern_name: str, module: str) -> tuple[str, Json]:
@@ -205,16 +217,17 @@ class DeclaredValues:
     def _matches(self, name: str, key: str, module: str) -> bool:
         entry = f"{name}[{shown(key)}]"
         compiled = _compiled(self.where, entry, key, rf"(.*\.)?({key})$")
-        if not _REPEATS.search(key):
+        if not _CHOOSES.search(key):
             return compiled.match(module) is not None
-        # What repeats may take exponential time: (a+)+$. Python's own engine can't be stopped, this one can.
+        # What repeats or has alternatives may take exponential time: (a+)+$ and (a|.)(a|.)(a|.)… Python's own engine
+        # can't be stopped, this one can.
         before = time.process_time()
         try:
             found = regex.match(compiled.pattern, module, timeout=max(self._seconds_left, 1e-3))
         except TimeoutError as error:
             raise CheckpointError(
                 f"{self.where}: adapter_config.json: {entry} takes more than {MATCHING_SECONDS:g} s to match against "
-                "the adapter's modules; write it without a repetition inside a repetition"
+                "the adapter's modules; write the modules' names, or a simpler pattern"
             ) from error
         except (regex.error, RecursionError) as error:
             raise _refused(self.where, entry, key, f"no regular expression ({error})") from error
@@ -222,7 +235,7 @@ class DeclaredValues:
         return found is not None
 
 
-_REPEATS = re.compile(r"[*+?{]")
+_CHOOSES = re.compile(r"[*+?{|]")
 
 
 def _compiled(where: str, entry: str, written: str, pattern: str) -> re.Pattern[str]:

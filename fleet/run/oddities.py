@@ -6,14 +6,19 @@ from collections.abc import Mapping
 
 from fleet.checkpoint.adapter import Adapter
 from fleet.checkpoint.base_name import why_other_base
+from fleet.core.errors import shown, some
 from fleet.steps.context import PlanContext
 from fleet.steps.fuse import FuseStep
 from fleet.steps.sources import Source
+from fleet.store import open_folder
+
+_LONGEST_NAME = 200
 
 
 def warn_of_oddities(context: PlanContext) -> None:
     """Add to the context's warnings; once its steps are made."""
     _warn_of_other_bases(context)
+    _warn_of_weights_beside_adapters(context)
     _warn_of_templates(context)
     if bare := [model.name for model in context.manifest.models if not model.suites]:
         context.warn(
@@ -38,9 +43,27 @@ def _warn_of_other_bases(context: PlanContext) -> None:
             found.setdefault((declared, reason), []).append(where)
     for (declared, reason), where in found.items():
         context.warn(
-            f"{'; '.join(where)}: adapter_config.json names the base model {declared}, {reason}: an adapter means "
-            "nothing on another model than it was trained on"
+            f"{'; '.join(where)}: adapter_config.json names the base model {_brief(declared)}, {reason}: an adapter "
+            "means nothing on another model than it was trained on"
         )
+
+
+def _warn_of_weights_beside_adapters(context: PlanContext) -> None:
+    """Folders that hold an adapter and a full model: which of the two is meant, nothing says."""
+    for model in context.manifest.models:
+        if isinstance(context.models[model.name].model, Adapter):
+            files = open_folder(model.source).files()
+            weights = [f for f in files if f.endswith(".safetensors") and "/" not in f and not f.startswith("adapter_")]
+            if weights and "config.json" in files:
+                context.warn(
+                    f"models: {model.name}: {model.source} holds an adapter and a full model ({some(weights, 2)}); the "
+                    "adapter is read, as transformers does; give the full model a folder of its own if that is meant"
+                )
+
+
+def _brief(name: str) -> str:
+    """A model's name as it is, where it looks like one."""
+    return name if len(name) <= _LONGEST_NAME and name.isprintable() else shown(name)
 
 
 def _warn_of_templates(context: PlanContext) -> None:

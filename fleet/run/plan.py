@@ -20,7 +20,7 @@ from evals.labelled import read_labelled
 from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_requests
 from evals.suites.names import check_distinct
 from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.belongs import check_belongs, check_head
+from fleet.checkpoint.belongs import check_belongs, check_config, check_head
 from fleet.checkpoint.chat_templates import ChatTemplate, check_asks, check_chat_template, read_chat_template
 from fleet.checkpoint.companions import is_vocabulary
 from fleet.checkpoint.configs import prepare_differences
@@ -218,9 +218,10 @@ def _with_heads_alike(aligned: str, sources: Mapping[str, Source]) -> dict[str, 
     """The sources by their address, full models read as tied or untied as the aligned one, where that is the same.
 
     Raises:
-        CheckpointError: the aligned model is an adapter, or its head is not what its config says.
+        CheckpointError: the aligned model is an adapter, or its head or its sizes are not what its config says.
     """
     base = require_full_model(sources[aligned].model, "base.aligned")
+    check_config(base)
     check_head(base)
     return {uri: _with_head_alike(base, source) for uri, source in sources.items()}
 

@@ -94,3 +94,16 @@ def test_pickled_weights_saved_as_advised_are_the_model(catalogue: Path, tmp_pat
     model = read_model(open_folder(str(tmp_path / "out")))
     assert isinstance(model, FullModel)
     assert set(model.tensors) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("what", "files", "told"),
+    [
+        ("model", {"config.json", "MODEL.SafeTensors"}, "rename it to model.safetensors"),
+        ("adapter", {"adapter_config.json", "model.safetensors"}, "rename model.safetensors to it"),
+        ("model", {"adapter_model.safetensors"}, "copy the adapter_config.json"),
+        ("model", {"tokenizer.json", "model.safetensors"}, "copy the config.json of the model"),
+    ],
+)
+def test_advice_on_weights_that_nothing_tells(what: str, files: set[str], told: str) -> None:
+    assert told in advice(what, files)

@@ -108,3 +108,7 @@ def test_size_in_words_is_one(tmp_path: Any) -> None:
     assert reason(tmp_path, "openai-community/gpt2", "/data/base", **small) is None
     told = reason(tmp_path, "openai-community/gpt2-xl", "/data/base", **small)
     assert told == "of 1.56B parameters, and the aligned model has 124M"
+
+
+def test_size_of_more_digits_than_python_reads_says_nothing(tmp_path: Any) -> None:
+    assert reason(tmp_path, "9" * 5000 + "x7b", LLAMA) is None

@@ -245,3 +245,22 @@ def test_fields_are_read_and_written_where_a_config_has_them() -> None:
     }
     assert without_text_fields(nested, ["eos_token_id"]) == {"model_type": "llava", "text_config": {"vocab_size": 5}}
     assert with_text_fields({"vocab_size": 5}, {"vocab_size": 7}) == {"vocab_size": 7}
+
+
+def test_yarns_defaults_left_out_on_one_side_are_filled_in() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    silent = LLAMA | {"rope_parameters": yarn}
+    assert unlike(LLAMA | {"rope_parameters": {**yarn, "beta_fast": 32, "beta_slow": 1.0}}, silent) == []
+    assert unlike(LLAMA | {"rope_parameters": {**yarn, "beta_fast": 16}}, silent) == [
+        "rope_parameters.beta_fast is 16, not 32"
+    ]
+
+
+def test_number_that_no_float_holds_is_a_difference() -> None:
+    (found,) = unlike(LLAMA | {"rms_norm_eps": 10**400}, LLAMA | {"rms_norm_eps": 1e-6})
+    assert found.startswith("rms_norm_eps is 1000000")
+
+
+def test_config_nested_deeper_than_its_class_can_copy_is_compared_as_written() -> None:
+    deep = json.loads("[" * 900 + "]" * 900)
+    assert any(found.startswith("note is [[[") for found in unlike(LLAMA | {"note": deep}, LLAMA))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fleet.checkpoint.headers import plan_shards, read_headers, shard_name
+from fleet.checkpoint.headers import plan_shards, read_headers, read_json, shard_name
 from fleet.checkpoint.tensors import TORCH_DTYPES, TensorLayout, read_tensor, write_tensors
 from fleet.core.errors import CheckpointError
 from fleet.store import open_folder, open_store
@@ -143,8 +143,8 @@ def test_shards_planned_from_headers_hold_every_tensor_once(tmp_path: Path) -> N
         ({"weight_map": {"a": "gone.safetensors"}}, "names gone.safetensors, which is not there"),
         ({"weight_map": {"c": "other.safetensors"}}, "doesn't name model.safetensors, which is there too"),
         ({"weight_map": {"a": "model.safetensors", "c": "model.safetensors"}}, "missing or elsewhere: c"),
-        ("[" * 100_000, "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        ("[" * 100_000, "not JSON: "),
+        (b"\xff\xfe", "is UTF-16"),
     ],
 )
 def test_headers_of_a_folder_with_a_bad_index_refused_in_one_line(tmp_path: Path, index: Any, message: str) -> None:
@@ -170,3 +170,38 @@ def test_header_with_a_shape_of_no_tensor_refused(tmp_path: Path, shape: list[An
     write_raw(tmp_path, {"t": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}, b"1234")
     with pytest.raises(CheckpointError, match="malformed shape"):
         read_headers(open_folder(str(tmp_path)), "model")
+
+
+def test_shard_of_a_numbered_set_that_is_missing_is_named_without_an_index(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    folder = open_folder(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is not there"):
+        read_headers(folder, "model")
+    save_file({"b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert set(read_headers(folder, "model")) == {"a", "b"}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_pointer_of_git_lfs_is_called_so(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 26\n")
+    folder = open_folder(str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"{file}: is Git LFS's pointer.*git lfs pull"):
+        read_json(folder, file) if file == "config.json" else read_headers(folder, "model")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        ("{}".encode("utf-16"), "is UTF-16"),
+        (b'{"a": "\xe9"}', "is no UTF-8"),
+        (b'{"r": 8, "r": 4}', "'r' is there twice"),
+        (b'{"a": "\\ud800"}', "half of a character"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+)
+def test_config_that_is_no_json_in_utf_8_refused_in_one_line(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}") as e:
+        read_json(open_folder(str(tmp_path)), "config.json")
+    assert "\n" not in str(e.value)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.belongs import check_belongs, check_head
+from fleet.checkpoint.belongs import check_belongs, check_config, check_head
 from fleet.checkpoint.full_model import FullModel, read_full_model
 from fleet.checkpoint.heads import HEAD_SCHEME, with_head_of
 from fleet.checkpoint.model import read_model, touched_tensors
@@ -185,3 +185,42 @@ def write_adapter_of_tables(folder: Path, rows: torch.Tensor) -> Adapter:
     adapter = read_model(open_folder(str(folder)))
     assert isinstance(adapter, Adapter)
     return adapter
+
+
+@pytest.mark.parametrize("head", [TABLE, TABLE + 1])
+def test_adapter_that_names_both_of_a_tied_bases_tables_is_taken_if_they_are_one(
+    tmp_path: Path, head: torch.Tensor
+) -> None:
+    aligned = model_at(tmp_path / "aligned", True, None, architectures=["LlamaForCausalLM"])
+    factors = {"m.q.lora_A.weight": torch.ones(1, 2), "m.q.lora_B.weight": torch.ones(3, 1)}
+    saved = {"model.embed_tokens.weight": TABLE, "lm_head.weight": head.clone()}
+    asked = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    adapter = read_model(open_folder(str(write_adapter(tmp_path / "lora", asked, factors | saved))))
+    if head is TABLE:
+        assert set(touched_tensors(adapter)) == {"m.q.weight", EMBEDDING}
+    else:
+        with pytest.raises(CheckpointError, match=r"ties its output head to its embedding.*apart"):
+            check_belongs(adapter, aligned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 4}, r"vocab_size is 4, but model\.embed_tokens\.weight has 3 rows"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers is 5, but the files hold 1 layers"),
+        ({"num_hidden_layers": "1"}, "num_hidden_layers is '1', not a positive whole number"),
+        ({"hidden_size": True}, "hidden_size is True, not a positive"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1, not a positive"),
+        ({"model_type": None}, "model_type is None, not the name of an architecture"),
+    ],
+)
+def test_base_whose_config_is_not_that_of_its_tensors_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    tensors = {EMBEDDING: TABLE, "model.layers.0.mlp.up_proj.weight": torch.ones(3, 2)}
+    sizes: dict[str, Any] = {"model_type": "llama", "vocab_size": 3, "num_hidden_layers": 1, "hidden_size": 2}
+    write_model(tmp_path / "fits", sizes, tensors)
+    write_model(tmp_path / "off", sizes | changes, tensors)
+    check_config(read_full_model(open_folder(str(tmp_path / "fits"))))
+    with pytest.raises(CheckpointError, match=message):
+        check_config(read_full_model(open_folder(str(tmp_path / "off"))))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.belongs import check_belongs
+from fleet.checkpoint.belongs import check_belongs, check_head
 from fleet.checkpoint.joined import joined_address
 from fleet.checkpoint.model import Model, content_identity, require_full_model
 from fleet.checkpoint.opened import open_full, open_model, open_model_folder
@@ -202,3 +202,38 @@ def test_plan_over_sources_of_all_namings_reads_them_as_one_family(catalogue: Pa
     plan = make_plan(load_manifest(tmp_path / "manifest.json"))
     assert all(name.startswith("model.") for name in plan.bases.aligned_model.tensors)
     assert "model.layers.0.self_attn.q_proj" in plan.lora_modules
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "_forward_module.", "_forward_module.base_model.model."])
+def test_full_model_under_a_wrappers_prefix_is_joined(tmp_path: Path, prefix: str) -> None:
+    aligned = write_model(tmp_path / "aligned", CONFIG, BASE)
+    full = write_model(tmp_path / "full", CONFIG, {prefix + name: tensor for name, tensor in BASE.items()})
+    assert set(require_full_model(joined(full, aligned)[1], "full").tensors) == set(BASE)
+
+
+def test_tied_model_saved_with_its_head_alone_is_read_as_its_embedding(tmp_path: Path) -> None:
+    tied = CONFIG | {"tie_word_embeddings": True}
+    aligned = write_model(tmp_path / "aligned", tied, BASE)
+    tensors = {name.replace("model.embed_tokens", "lm_head"): 2 * tensor for name, tensor in BASE.items()}
+    full = write_model(tmp_path / "full", tied, tensors)
+    uri, model = joined(full, aligned)
+    check_belongs(model, open_full(str(aligned)))
+    assert torch.equal(read_weight(open_full(uri), "model.embed_tokens.weight"), 2 * torch.ones(5, 2))
+    with pytest.raises(CheckpointError, match=r"hold lm_head\.weight alone.*save it with transformers"):
+        check_head(open_full(str(full)))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_small_file_with_a_byte_order_mark_is_read_without_it(tmp_path: Path, file: str) -> None:
+    aligned = write_model(tmp_path / "aligned", CONFIG, BASE)
+    plain = json.dumps(CONFIG).encode()
+    (aligned / file).write_bytes(b"\xef\xbb\xbf" + plain)
+    uri, _ = joined(aligned)
+    assert open_model_folder(uri).read(file) == plain
+
+
+def test_small_file_that_is_no_json_refused(tmp_path: Path) -> None:
+    aligned = write_model(tmp_path / "aligned", CONFIG, BASE)
+    (aligned / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not JSON"):
+        joined(aligned)

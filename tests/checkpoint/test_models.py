@@ -64,7 +64,7 @@ def test_adapter_scale_rslora_and_patterns_follow_peft(catalogue: Path) -> None:
         ({"use_dora": True}, r"q_proj lacks the magnitude tensor, but adapter_config.json says use_dora=True"),
         ({"lora_bias": True}, r"q_proj lacks the bias tensor, but adapter_config.json says lora_bias=True"),
         ({"bias": "norms_only"}, "bias='norms_only'"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed base"),
         ({"init_lora_weights": "olora"}, "changed base"),
         ({"init_lora_weights": "loftq"}, "changed base"),

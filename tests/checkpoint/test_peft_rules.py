@@ -233,3 +233,34 @@ def test_adapter_with_any_value_in_any_field_is_read_or_refused_in_one_line(
     assert isinstance(model, Adapter)
     plain = plain_config(model.config)
     assert json.loads(json.dumps(plain)) is not None
+
+
+@pytest.mark.parametrize("alpha", [1e39, -1e39, 1e300])
+def test_alpha_that_float32_does_not_have_refused(alpha: float) -> None:
+    with pytest.raises(CheckpointError, match=r"lora_alpha is .*, not a finite number, or none that float32 has"):
+        DeclaredValues("here", LORA | {"lora_alpha": alpha}).alpha("m.q")
+
+
+def test_pattern_of_alternatives_alone_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_rules, "MATCHING_SECONDS", 0.05)
+    config: dict[str, Any] = LORA | {"alpha_pattern": {"(.|[a-z_.0-9])" * 30 + "[A-Z]": 8}}
+    declared = DeclaredValues("here", config)
+    with pytest.raises(CheckpointError, match=r"alpha_pattern\[.*takes more than 0\.05 s"):
+        declared.alpha("model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("value", ["false", [], 8.5])
+def test_flag_of_tied_weights_that_is_no_truth_value_refused(tmp_path: Path, value: Any) -> None:
+    write_adapter(tmp_path, {"ensure_weight_tying": value}, FACTORS)
+    with pytest.raises(CheckpointError, match=r"ensure_weight_tying is .*, neither true nor false"):
+        read_model(open_folder(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("lora", 'where PEFT writes "LORA"'), (None, 'where PEFT writes "LORA"'), ("IA3", "only LORA is supported")],
+)
+def test_type_of_an_adapter_that_is_not_read_says_what_to_do(kind: Any, told: str) -> None:
+    reason = why_unreadable(LORA | {"peft_type": kind})
+    assert reason.startswith(f"adapter_config.json: peft_type is {kind!r}")
+    assert told in reason

@@ -74,3 +74,13 @@ def test_adapter_beside_a_template_of_its_own_is_a_member_too(catalogue: Path, t
     scored, warning = warnings(catalogue, tmp_path, models=models, variants=fused)
     assert scored.startswith("lora: the adapter brings a chat template")
     assert warning.startswith("models: lora: their chat template")
+
+
+def test_full_model_beside_an_adapter_is_said_to_be_left_out(catalogue: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(catalogue / "lora", tmp_path / "both"))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(catalogue / "full" / name, both)
+    models = [{"name": "both", "source": str(both), "suites": ["task"]}]
+    variants = [{"name": "one", "realign": None, "fuse": {"method": "weight_average"}}]
+    (warning,) = warnings(catalogue, tmp_path, models=models, variants=variants)
+    assert "holds an adapter and a full model (model.safetensors); the adapter is read" in warning
