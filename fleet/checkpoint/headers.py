@@ -105,7 +105,7 @@ def read_header(folder: Folder, file: str, size: int) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{where}: {size} bytes is too short for a safetensors file; it was truncated")
     prefix = bytearray(8)
     folder.read_into(file, 0, memoryview(prefix))
-    if prefix == _LFS_POINTER[:8]:
+    if bytes(prefix) == _LFS_POINTER[:8]:
         raise CheckpointError(f"{where}: {_LFS_ADVICE}")
     (length,) = struct.unpack("<Q", prefix)
     if length > HEADER_LIMIT_BYTES or 8 + length > size:

@@ -4,15 +4,13 @@ Source: Davari and Belilovsky, "Model breadcrumbs", arXiv 2312.06795, §3. By ma
 `outliers`, are left out, and the next, a share `density`, stay; fewer outliers are left out if otherwise too few
 entries would stay. At least one entry stays. Entries of equal magnitude go together: those that reach into what is to
 stay all stay, from both sides. So of n entries at most round(outliers · n) are left out above, and at least
-round(density · n) stay, however many tie; a task vector of differences of bfloat16 has few magnitudes. An entry that
-is zero is none that stays: where so many are zero that they would be among those that are to stay, no outlier is left
-out, and all that isn't zero stays. The paper and mergekit leave outliers out even then; take a lower density. Defaults
-are mergekit's, 1 % outliers; with `consensus: sum` this is mergekit's `breadcrumbs_ties`. The result is a full model.
+round(density · n) stay, however many tie; a task vector of differences of bfloat16 has few magnitudes. A zero counts
+like any entry, as in the paper. Defaults are mergekit's, 1 % outliers; with `consensus: sum` this is mergekit's
+`breadcrumbs_ties`. The result is a full model.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -56,5 +54,4 @@ class Breadcrumbs(SparseFusion):
     def sparse(self, entries: Entries, thresholds: Thresholds) -> list[torch.Tensor]:
         from fleet.algebra.sparsify import between
 
-        bounds = {name: (low, high if low > 0.0 else math.inf) for name, (low, high) in thresholds.items()}
-        return [between(value, *bounds[name]) for name, value in entries.values.items()]
+        return [between(value, *thresholds[name]) for name, value in entries.values.items()]
