@@ -10,7 +10,7 @@ import datetime
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from evals.architectures import architecture_of
@@ -19,19 +19,11 @@ from evals.judges import Judge, RuleJudge
 from evals.labelled import read_labelled
 from evals.suites import BUNDLED_SUITES, Suite, load_suite, read_requests
 from evals.suites.names import check_distinct
-from fleet.checkpoint.adapter import Adapter
-from fleet.checkpoint.belongs import check_belongs, check_config, check_head
-from fleet.checkpoint.chat_templates import ChatTemplate, check_asks, check_chat_template, read_chat_template
-from fleet.checkpoint.companions import is_vocabulary
-from fleet.checkpoint.configs import prepare_differences
+from fleet.checkpoint.chat_templates import ChatTemplate, check_asks, check_chat_template
 from fleet.checkpoint.curvature import read_curvature
 from fleet.checkpoint.full_model import FullModel
-from fleet.checkpoint.heads import with_head_of
-from fleet.checkpoint.joined import joined_address
-from fleet.checkpoint.model import content_identity, read_model, require_full_model
-from fleet.checkpoint.opened import open_model_folder
-from fleet.checkpoint.tokens import TOKENIZER, renumbered, tokenizer_of
-from fleet.checkpoint.vocabulary import chosen_vocabulary, is_in
+from fleet.checkpoint.model import require_full_model
+from fleet.checkpoint.tokens import TOKENIZER, tokenizer_of
 from fleet.core.errors import CheckpointError, ManifestError, SourceError, SuiteError
 from fleet.core.identity import KEY_DIGITS, digest
 from fleet.core.json_lines import decode_text
@@ -39,12 +31,13 @@ from fleet.manifest import Manifest
 from fleet.masks.files import MASK_FILE, MASK_JSON, read_granularity
 from fleet.masks.texts import TextSet, open_texts
 from fleet.methods.mask_spec import MaskSpec
+from fleet.run.models import open_models, open_source, require_tokenizer
 from fleet.run.oddities import warn_of_oddities
 from fleet.steps.base import Step
 from fleet.steps.builder import Candidate, build
 from fleet.steps.context import PlanContext
 from fleet.steps.record import Record, read_record
-from fleet.steps.sources import Bases, CurvatureSource, Judging, MaskSource, Source
+from fleet.steps.sources import Bases, CurvatureSource, Judging, MaskSource
 from fleet.steps.view import RunView
 from fleet.store import Store, open_folder, open_store
 
@@ -109,19 +102,7 @@ def make_plan(manifest: Manifest) -> Plan:
     """
     store = open_store(manifest.artifacts)
     store.check()
-    base = manifest.base
-    uris = [*base.sources, *(m.source for m in manifest.models)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        sources = dict(zip(uris, pool.map(_open_source, uris), strict=True))
-    _check_base_dtypes({role: sources[uri] for role, uri in base.models.items()})
-    sources = _with_heads_alike(base.aligned, _under_aligned_names(base.aligned, sources))
-    sources = _on_engines(manifest, _in_one_vocabulary(manifest, sources))
-    unaligned, safety, harmful = (
-        sources[uri] if uri is not None else None for uri in (base.unaligned, base.safety, base.harmful)
-    )
-    bases = Bases(sources[base.aligned], unaligned, safety, harmful)
-    models = {m.name: sources[m.source] for m in manifest.models}
-    _check_sources(bases, models)
+    bases, models = open_models(manifest)
     suites = _load_suites(manifest)
     _check_room(suites.values(), bases.aligned_model, manifest.evaluation.max_model_len)
     texts = _open_texts(manifest)
@@ -174,11 +155,11 @@ def _open_judge(manifest: Manifest, contents: dict[str, bytes]) -> Judging:
     judge, on_cpu = manifest.evaluation.judge, not manifest.placement.replica_gpus
     model = date = None
     if not isinstance(judge, Judge):
-        model = _open_source(judge.model)
+        model = open_source(judge.model)
         opened = require_full_model(model.model, "evaluation.judge.model")
         where = f"evaluation.judge.model: {judge.model}"
         architecture_of(opened.config, where, on_cpu)
-        _require_tokenizer(opened, where)
+        require_tokenizer(opened, where)
         if judge.uses_chat_template and model.chat_template is None:
             raise CheckpointError(f"{where}: has no chat template, so it is not that of {type(judge).__name__}")
         if judge.uses_chat_template and model.chat_template is not None and model.chat_template.writes_date:
@@ -191,131 +172,6 @@ def _open_judge(manifest: Manifest, contents: dict[str, bytes]) -> Judging:
     rows = f"texts/{hashlib.sha256(data).hexdigest()[:KEY_DIGITS]}.jsonl"
     contents[rows] = data
     return Judging(judge, model, rows, date)
-
-
-def _open_source(uri: str) -> Source:
-    folder = open_model_folder(uri)
-    return Source(uri, read_model(folder), content_identity(folder), read_chat_template(folder))
-
-
-def _under_aligned_names(aligned: str, sources: Mapping[str, Source]) -> dict[str, Source]:
-    """The sources by their address, each read under the aligned model's names; the aligned one under its class's.
-
-    Raises:
-        CheckpointError: the aligned model is an adapter, or two tensors of a source are one of the aligned model's.
-    """
-    base = _joined(sources[aligned], sources[aligned])
-    return {uri: base if uri == aligned else _joined(source, base) for uri, source in sources.items()}
-
-
-def _joined(source: Source, aligned: Source) -> Source:
-    base = require_full_model(aligned.model, "base.aligned")
-    uri = joined_address(source.uri, source.model, aligned.uri, base)
-    return source if uri == source.uri else _open_source(uri)
-
-
-def _with_heads_alike(aligned: str, sources: Mapping[str, Source]) -> dict[str, Source]:
-    """The sources by their address, full models read as tied or untied as the aligned one, where that is the same.
-
-    Raises:
-        CheckpointError: the aligned model is an adapter, or its head or its sizes are not what its config says.
-    """
-    base = require_full_model(sources[aligned].model, "base.aligned")
-    check_config(base)
-    check_head(base)
-    return {uri: _with_head_alike(base, source) for uri, source in sources.items()}
-
-
-def _with_head_alike(aligned: FullModel, source: Source) -> Source:
-    if not isinstance(source.model, FullModel):
-        return source
-    uri = with_head_of(aligned, source.model, source.uri)
-    return source if uri == source.uri else _open_source(uri)
-
-
-def _in_one_vocabulary(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, Source]:
-    """The sources as the run reads them, by their address: full models in the manifest's vocabulary.
-
-    Raises:
-        ManifestError: the vocabulary is an adapter's.
-        CheckpointError: a model's tokens can't be told.
-    """
-    choice, aligned = manifest.checkpoint.vocabulary, sources[manifest.base.aligned].uri
-    if choice == "refuse":
-        return {**sources}
-    full = {uri: source.uri for uri, source in sources.items() if isinstance(source.model, FullModel)}
-    named = None
-    if not isinstance(choice, str):
-        named = full.get(next(m.source for m in manifest.models if m.name == choice.model))
-        if named is None:
-            raise ManifestError(
-                f"checkpoint.vocabulary: {choice.model} is an adapter, which has no vocabulary of its own; "
-                'name a full model, or say "aligned"'
-            )
-    kind = choice if isinstance(choice, str) else "model"
-    models = [full[m.source] for m in manifest.models if m.source in full]
-    vocabulary = chosen_vocabulary(kind, aligned, models, named)
-    changed = {uri: _open_source(vocabulary.address(own)) for uri, own in full.items() if not is_in(vocabulary, own)}
-    return {**sources, **changed}
-
-
-def _on_engines(manifest: Manifest, sources: Mapping[str, Source]) -> dict[str, Source]:
-    """The sources, each with what the engines make of the aligned model.
-
-    Raises:
-        InputError: they can't serve it, or not at the length that is asked for.
-    """
-    aligned = require_full_model(sources[manifest.base.aligned].model, "base.aligned")
-    where = f"base.aligned: {aligned.folder.uri}"
-    architecture = architecture_of(aligned.config, where, on_cpu=not manifest.placement.replica_gpus)
-    _require_tokenizer(aligned, where)
-    engine_length(aligned.config, manifest.evaluation.max_model_len, where)
-    return {uri: replace(source, architecture=architecture) for uri, source in sources.items()}
-
-
-def _require_tokenizer(model: FullModel, where: str) -> None:
-    """
-    Raises:
-        CheckpointError: an engine would find no tokenizer beside the model.
-    """
-    if not any(map(is_vocabulary, model.folder.files())):
-        raise CheckpointError(
-            f"{where}: no tokenizer is there (tokenizer.json, tokenizer.model, vocab.json …), so nothing can be asked; "
-            "save one beside it: AutoTokenizer.from_pretrained(ORIGIN).save_pretrained(FOLDER)"
-        )
-
-
-def _check_base_dtypes(models: Mapping[str, Source]) -> None:
-    for role, source in models.items():
-        if source.is_quantised:
-            raise CheckpointError(
-                f"base.{role}: {source.uri} is fp8; give the base models in the dtype outputs are to have"
-            )
-
-
-def _check_sources(bases: Bases, models: Mapping[str, Source]) -> None:
-    aligned = bases.aligned_model
-    full = [s.model for s in (bases.unaligned, *models.values()) if s is not None and isinstance(s.model, FullModel)]
-    prepare_differences([model.config for model in full], aligned.config)
-    if bases.unaligned is not None:
-        check_belongs(require_full_model(bases.unaligned.model, "base.unaligned"), aligned)
-        if bases.aligned.identity == bases.unaligned.identity:
-            raise ManifestError("base: aligned and unaligned hold the same weights, so nothing tells safety apart")
-    for role, source in (("safety", bases.safety), ("harmful", bases.harmful)):
-        if source is None:
-            continue
-        if not isinstance(source.model, Adapter):
-            raise CheckpointError(f"base.{role}: {source.uri} is a full model; give a LoRA on the aligned model")
-        if reason := source.model.why_not_lora():
-            raise CheckpointError(f"base.{role}: {source.uri}: the adapter {reason}; give a LoRA on Linears alone")
-        check_belongs(source.model, aligned)
-    for source in models.values():
-        check_belongs(source.model, aligned)
-        if isinstance(source.model, FullModel) and (moved := renumbered(source.model.folder, aligned.folder)):
-            raise CheckpointError(
-                f"{source.uri}: its tokenizer numbers {len(moved)} tokens unlike the aligned model's ({moved[:3]}), so "
-                'their rows can\'t be fused; set checkpoint.vocabulary to "aligned", "union" or {"model": NAME}'
-            )
 
 
 def _masks(manifest: Manifest) -> list[MaskSpec]:
