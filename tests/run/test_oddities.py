@@ -13,6 +13,8 @@ from fleet.manifest import load_manifest
 from fleet.run.plan import make_plan
 from tests.catalogue import manifest_document, write_manifest
 
+ANOTHER = "{{ messages[0]['content'] }}"
+
 
 def warnings(root: Path, work: Path, **changes: Any) -> tuple[str, ...]:
     document = manifest_document(root, work, **changes)
@@ -50,9 +52,9 @@ def test_adapters_that_name_one_other_base_are_said_together(catalogue: Path, tm
 def test_fusion_with_another_template_than_a_members_is_said(catalogue: Path, tmp_path: Path, file: str) -> None:
     folder = Path(shutil.copytree(catalogue / "full", tmp_path / "full"))
     if file == "chat_template.jinja":
-        (folder / file).write_text("another")
+        (folder / file).write_text(ANOTHER)
     else:
-        config = json.loads((folder / file).read_text()) | {"chat_template": "another"}
+        config = json.loads((folder / file).read_text()) | {"chat_template": ANOTHER}
         (folder / file).write_text(json.dumps(config))
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     models = [{"name": "full", "source": str(folder), "suites": ["task"]}]
@@ -70,7 +72,7 @@ def test_adapter_beside_a_template_of_its_own_is_a_member_too(catalogue: Path, t
     same = catalogue / "aligned" / "chat_template.jinja"
     (folder / "chat_template.jinja").write_text(same.read_text() + "\n")
     assert warnings(catalogue, tmp_path, models=models, variants=fused) == ()
-    (folder / "chat_template.jinja").write_text("another")
+    (folder / "chat_template.jinja").write_text(ANOTHER)
     scored, warning = warnings(catalogue, tmp_path, models=models, variants=fused)
     assert scored.startswith("lora: the adapter brings a chat template")
     assert warning.startswith("models: lora: their chat template")
