@@ -19,7 +19,7 @@ from fleet.run.plan import Plan
 from fleet.steps.realign import RealignStep
 from fleet.steps.record import Record, attempt_prefix
 from tests.catalogue import make_suites, manifest_document
-from tests.pico import make_adapter, write_adapter, write_model
+from tests.pico import make_adapter, make_tokenizer, write_adapter, write_model
 from tests.run.test_coordinator import again, tensor_plan, walk
 from tests.work.test_workers import weights_of
 
@@ -198,7 +198,7 @@ def test_lox_on_stacked_experts_pushes_experts_of_full_models_and_leaves_a_lora_
     for seed, name in enumerate(("unaligned", "aligned")):
         generator = torch.Generator().manual_seed(seed)
         drawn = {n: torch.randn(shape, generator=generator) for n, shape in tensors.items()}
-        write_model(tmp_path / name, {"model_type": "qwen3_moe"}, drawn)
+        write_model(make_tokenizer(tmp_path / name), {"model_type": "qwen3_moe"}, drawn)
     factors = {
         f"model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.ones(shape)
         for x, shape in (("A", (1, 6)), ("B", (8, 1)))
