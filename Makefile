@@ -24,7 +24,7 @@ setup: .venv/installed-$(EXTRA)
 demo: setup
 	$(BIN)/python -m fleet.realign --manifest models.json
 
-# What needs no Ray, engine, S3 server or training: under a minute.
+# What needs no Ray, engine, S3 server or training: under two minutes.
 fast: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not vllm and not s3 and not slow"
 
