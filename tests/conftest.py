@@ -76,8 +76,8 @@ def s3_endpoint() -> Generator[str]:
                 patch.setenv(name, value)
             yield endpoint
     finally:
-        server.terminate()
-        server.wait(timeout=10)
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture
