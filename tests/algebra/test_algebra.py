@@ -311,6 +311,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_v", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rank", [1, 4, 16])
@@ -324,6 +325,7 @@ def test_rho_null_equals_monte_carlo_over_random_b(make_v: Any, shape: tuple[int
     assert sd == pytest.approx(float(rho.std()), rel=0.12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_v", SPECTRA.values(), ids=SPECTRA)
 def test_rho_null_of_an_uneven_a_errs_little(make_v: Any) -> None:
     """λ_j ∝ 0.7ʲ: z_i is no gamma then."""

@@ -14,6 +14,7 @@ from fleet.core.errors import InputError
 from fleet.report.mlflow_store import explained, opened
 
 
+@pytest.mark.slow
 def test_two_processes_that_make_one_database_at_once_both_open_it(tmp_path: Path) -> None:
     """The database's tables are made by some forty migrations, in the middle of which MLflow lets others in."""
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
